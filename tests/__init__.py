@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests; none of them may run for ever.
+
+A test that exceeds the limit fails with the stacks of all threads, and its
+clean-up still runs. The limit is a guard against hanging, not a statement
+about speed.
+"""
+
+import faulthandler
+import os
+import signal
+import threading
+import unittest
+
+LIMIT_S = float(os.environ.get('VOLUME_TEST_LIMIT_S', '300'))
+
+_run = unittest.TestCase.run
+
+
+class TooLong(BaseException):
+    """A test hangs; no ``except Exception`` on its way may swallow this."""
+
+
+def _limited(case, result=None):
+    if threading.current_thread() is not threading.main_thread():
+        return _run(case, result)
+
+    def end(signum, frame):
+        faulthandler.dump_traceback()
+        raise TooLong(f'{case.id()} ran for more than {LIMIT_S:g} s')
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S, LIMIT_S)
+    try:
+        return _run(case, result)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+unittest.TestCase.run = _limited

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file driver, with reflink and without."""
+
+import os
+import unittest
+
+from volume import errors
+from volume import ids
+from volume import model
+from volume.drivers import file
+from volume.testing import conformance
+from volume.testing import fixtures
+from volume.testing import workbench
+
+
+class Suite(conformance.DriverSuite):
+
+    def setUp(self):
+        self.node = fixtures.make_node(self)
+        self.directory = self.make_directory()
+        super().setUp()
+
+    def make_driver(self):
+        conf = fixtures.settings(
+            file.FileDriver, directories=[self.directory]
+        )
+        return file.FileDriver(conf, self.node)
+
+    def make_foreign(self, pool, image):
+        path = os.path.join(self.directory, 'somebody.img')
+        with open(path, 'wb') as f:
+            f.write(image)
+        self.addCleanup(lambda: os.path.exists(path) and os.unlink(path))
+        return 'somebody.img'
+
+    def test_directory_holds_nothing_but_what_scan_shows(self):
+        self.volume(seed=1)
+        self.assertEqual(
+            sorted(self.handles()), sorted(os.listdir(self.directory))
+        )
+
+    def test_relative_directory_is_refused(self):
+        self.assert_refused(['pool'], 'relative')
+
+    def test_directories_of_one_name_are_refused(self):
+        other = fixtures.plain_directory(
+            self, os.path.basename(self.directory)
+        )
+        self.assert_refused([self.directory, other], 'two directories')
+
+    def test_missing_directory_is_refused(self):
+        self.assert_refused([self.directory + '-gone'], 'make it')
+
+    def test_file_for_a_directory_is_refused(self):
+        path = os.path.join(self.node.state_dir, 'file')
+        with open(path, 'wb'):
+            pass
+        self.assert_refused([path], 'cannot write')
+
+    def test_no_directory_at_all_is_refused(self):
+        self.assert_refused([], 'at least one')
+
+    def assert_refused(self, directories, words):
+        conf = fixtures.settings(file.FileDriver, directories=directories)
+        with self.assertRaisesRegex(errors.Invalid, words):
+            file.FileDriver(conf, self.node).check()
+
+    def test_directories_of_a_backend_are_its_pools(self):
+        other = fixtures.plain_directory(self, 'other')
+        conf = fixtures.settings(
+            file.FileDriver, directories=[self.directory, other + '/']
+        )
+        driver = file.FileDriver(conf, self.node)
+        driver.check()
+        self.assertEqual(
+            [os.path.basename(self.directory), 'other'],
+            [pool.name for pool in driver.pools()],
+        )
+        volume = model.Volume(ids.new(), 'other', 4096)
+        driver.create(volume)
+        self.assertEqual([], list(driver.scan(self.pool.name)))
+        self.assertEqual([driver.inspect(volume)], list(driver.scan('other')))
+
+    def test_directory_that_is_gone_is_no_empty_pool(self):
+        # "Not found" would let a deletion pass for done.
+        volume = self.volume(seed=1)
+        away = self.directory + '-away'
+        os.rename(self.directory, away)
+        try:
+            for call in (
+                lambda: self.driver.delete(volume),
+                lambda: self.driver.inspect(volume),
+                lambda: self.driver.create(volume),
+                lambda: list(self.driver.scan(self.pool.name)),
+                lambda: self.driver.pools(),
+            ):
+                self.assertRaises(errors.Unavailable, call)
+        finally:
+            os.rename(away, self.directory)
+        self.assert_seed(volume, 1)
+
+    def test_adopted_file_is_a_plain_one_of_whole_sectors(self):
+        secret = os.path.join(self.node.state_dir, 'secret')
+        for path, size_bytes in (
+            (secret, 1024), (os.path.join(self.directory, 'odd'), 1000),
+            (os.path.join(self.directory, 'empty'), 0),
+        ):
+            with open(path, 'wb') as f:
+                f.truncate(size_bytes)
+            self.addCleanup(os.unlink, path)
+        link = os.path.join(self.directory, 'link')
+        os.symlink(secret, link)
+        self.addCleanup(os.unlink, link)
+        folder = os.path.join(self.directory, 'folder')
+        os.mkdir(folder)
+        self.addCleanup(os.rmdir, folder)
+        self.assertLessEqual({'odd', 'empty'}, set(self.handles()))
+        self.assertFalse({'link', 'folder'} & set(self.handles()))
+        for handle in 'odd', 'empty', 'link', 'folder', secret:
+            with self.assertRaises(errors.Invalid, msg=handle):
+                self.driver.adopt(handle, self.wish())
+
+    def test_disown_replaces_no_file(self):
+        volume = self.volume(seed=1)
+        self.driver.disown(volume)
+        self.driver.create(volume)
+        with self.assertRaises(errors.Conflict):
+            self.driver.disown(volume)
+        self.driver.adopt(f'{volume.id}.disowned.raw', rescued := self.wish())
+        self.assert_seed(rescued, 1)
+
+    def test_broken_note_is_no_note(self):
+        volume = self.volume()
+        note = os.path.join(self.directory, f'{volume.id}.json')
+        for text in b'', b'[1]', b'{', b'\xff\xfe':
+            with open(note, 'wb') as f:
+                f.write(text)
+            self.assertEqual({}, self.driver.inspect(volume).sidecar)
+            self.assertEqual(1, len(self.handles()))
+
+    def test_delete_leaves_no_draft_and_no_note(self):
+        volume = self.volume()
+        self.driver.describe(volume, {'name': 'x'})
+        for name in f'.{volume.id}.raw.new', f'{volume.id}.json.new':
+            with open(os.path.join(self.directory, name), 'wb'):
+                pass
+        self.assertEqual(1, len(self.handles()))
+        self.driver.delete(volume)
+        self.assertEqual([], os.listdir(self.directory))
+
+
+class PlainFileTest(Suite, unittest.TestCase):
+
+    def make_directory(self):
+        return fixtures.plain_directory(self)
+
+    def test_pool_without_reflink_says_so(self):
+        self.assertFalse(
+            {'Clone', 'Snapshots', 'Revert'} & self.pool.features
+        )
+        self.assertIn('Resize', self.pool.features)
+
+
+class ReflinkFileTest(Suite, unittest.TestCase):
+
+    def make_directory(self):
+        return fixtures.reflink_directory(self)
+
+    def test_pool_with_reflink_says_so(self):
+        self.assertLessEqual(
+            {'Clone', 'Snapshots', 'Revert'}, self.pool.features
+        )
+
+    def test_clone_shares_the_bytes_of_its_source(self):
+        source = self.volume(size_bytes=64 * model.MIB)
+        with self.driver.writer(source) as writer:
+            workbench.write_all(writer, b'\x5a' * source.size_bytes)
+            writer.commit()
+        before = self.driver.pools()[0].free_bytes
+        self.clone(source)
+        after = self.driver.pools()[0].free_bytes
+        self.assertLess(before - after, source.size_bytes // 4)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file driver, spoilt at every act of every method."""
+
+import os
+import unittest
+
+from volume.drivers import file
+from volume.testing import faults
+from volume.testing import fixtures
+from volume.testing import repeat
+
+
+class Suite(repeat.DriverFaultSuite):
+
+    def setUp(self):
+        self.state_dir = fixtures.state_dir(self)
+        self.directory = self.make_directory()
+        super().setUp()
+
+    def make_node(self):
+        return faults.FaultyNode(self.state_dir)
+
+    def make_driver(self, node):
+        conf = fixtures.settings(
+            file.FileDriver, directories=[self.directory]
+        )
+        return file.FileDriver(conf, node)
+
+    def leftovers(self):
+        return os.listdir(self.directory)
+
+
+class PlainFileTest(Suite, unittest.TestCase):
+
+    def make_directory(self):
+        return fixtures.plain_directory(self)
+
+
+class ReflinkFileTest(Suite, unittest.TestCase):
+
+    def make_directory(self):
+        return fixtures.reflink_directory(self)

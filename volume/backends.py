@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration section to a driver that is watched over.
+
+``Backend.guard`` is one of the two places that catch every exception: what
+escapes from a driver otherwise than as one of our errors is a bug, is logged
+as one, and counts as ``Unknown``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from oslo_config import cfg
+
+from volume import conf as options
+from volume import errors
+from volume import model
+from volume.drivers import base
+from volume.exports import base as exports
+from volume.node import Node
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class Backend:
+    """A configured driver with its exporter; down until it was checked."""
+
+    name: str
+    conf: Any
+    driver: base.Driver | None
+    exporter: exports.Exporter | None
+    reason: str = 'it was not checked yet'
+    is_up: bool = False
+    pools: dict[str, model.Pool] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> None:
+        """Ask the driver and the exporter; be up, or down with a reason."""
+        if self.driver is None:
+            return
+        try:
+            with self.guard('check'):
+                self.driver.check()
+                if self.exporter is not None:
+                    self.exporter.check()
+                self.refresh()
+        except errors.VolumeError as failed:
+            if self.reason != str(failed):
+                LOG.error('backend %s is down: %s', self.name, failed)
+            self.is_up, self.reason = False, str(failed)
+            return
+        if not self.is_up:
+            LOG.info('backend %s is up', self.name)
+        self.is_up, self.reason = True, ''
+
+    def refresh(self) -> None:
+        """Ask the driver for its pools."""
+        self.pools = {pool.name: pool for pool in self.need().pools()}
+
+    def need(self) -> base.Driver:
+        """Return the driver.
+
+        :raises Unavailable: it could not be loaded
+        """
+        if self.driver is None:
+            raise errors.Unavailable(
+                f'backend {self.name} is down: {self.reason}'
+            )
+        return self.driver
+
+    def feature(self, pool: str, name: str) -> bool:
+        """Say whether a pool has a feature now."""
+        found = self.pools.get(pool)
+        return found is not None and name in found.features
+
+    def call(self, verb: str, *args: Any) -> Any:
+        """Call the driver; see ``guard`` for what comes out."""
+        driver = self.need()
+        with self.guard(verb):
+            return getattr(driver, verb)(*args)
+
+    @contextlib.contextmanager
+    def guard(self, verb: str) -> Iterator[None]:
+        """Let our errors through; make any other ``Unknown``, and log it."""
+        try:
+            yield
+        except errors.VolumeError:
+            raise
+        except Exception as bug:
+            LOG.exception('driver of %s failed in %s', self.name, verb)
+            raise errors.Unknown(
+                f'backend {self.name}: its driver failed in {verb}: '
+                f'{type(bug).__name__}'
+            ) from bug
+
+
+def load(conf: cfg.ConfigOpts, node: Node) -> dict[str, Backend]:
+    """Return the enabled backends by name, none of them checked yet.
+
+    A section that is wrong is a backend that is down with the reason; the
+    others serve.
+    """
+    drivers = options.plugins('volume.drivers')
+    exporters = options.plugins('volume.exports')
+    found: dict[str, Backend] = {}
+    for name in conf.enabled_backends:
+        if name in found:
+            LOG.error('enabled_backends names %s twice', name)
+            continue
+        try:
+            found[name] = _load(conf, node, name, drivers, exporters)
+        except (cfg.Error, errors.VolumeError, ValueError) as wrong:
+            reason = f'section [{name}]: {wrong}'
+            LOG.error('backend %s is down: %s', name, reason)
+            found[name] = Backend(name, None, None, None, reason=reason)
+    return found
+
+
+def _load(
+    conf: cfg.ConfigOpts,
+    node: Node,
+    name: str,
+    drivers: dict[str, Any],
+    exporters: dict[str, Any],
+) -> Backend:
+    if len(name) > 64:
+        raise errors.Invalid('the name is over 64 characters')
+    conf.register_opts(options.BACKEND, group=name)
+    group = conf[name]
+    driver = _pick(drivers, group.driver, 'driver')
+    exporter = _pick(exporters, group.exporter, 'exporter')
+    own = {option.name for option in driver.options}
+    conf.register_opts(driver.options, group=name)
+    conf.register_opts(
+        [o for o in exporter.options if o.name not in own], group=name
+    )
+    for option in driver.options:
+        if option.required and group[option.dest] is None:
+            raise errors.Invalid(f'option {option.name} is missing')
+    return Backend(
+        name, group, driver(group, node), exporter(group, node)
+    )
+
+
+def _pick(classes: dict[str, Any], name: str | None, what: str) -> Any:
+    if not name:
+        raise errors.Invalid(f'option {what} is missing')
+    if name not in classes:
+        raise errors.Invalid(
+            f'there is no {what} {name!r}; installed are '
+            f'{", ".join(sorted(classes))}'
+        )
+    return classes[name]
+

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take and release the right to touch a volume or snapshot.
+
+A lease and the status it goes with change in one conditional UPDATE: of two
+requests at once exactly one finds the row as it must be. An exclusive lease
+needs the row for itself; a shared one may be held by several jobs.
+
+An exclusive lease lives as long as the job that it names is open: to end the
+job is to release it, with no statement of its own, and no crash can leave
+one behind. (PostgreSQL must run at REPEATABLE READ for this: at READ
+COMMITTED a blocked UPDATE would look for the job in its old snapshot.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import ColumnElement
+from sqlalchemy import exists
+from sqlalchemy import or_
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from volume.db import models
+
+Leased = type[models.Volume] | type[models.Snapshot]
+
+
+def take(
+    session: Session,
+    table: Leased,
+    row_id: str,
+    job_id: str,
+    statuses: Collection[str],
+    **values: Any,
+) -> bool:
+    """Take the row for one job alone, if its status is one of these."""
+    done = session.execute(
+        update(table)
+        .where(
+            table.id == row_id,
+            table.status.in_(statuses),
+            table.deleted_at.is_(None),
+            _free(table),
+            table.lease_shared == 0,
+        )
+        .values(lease_job=job_id, **values)
+        .execution_options(synchronize_session=False)
+    )
+    return bool(done.rowcount)  # type: ignore[attr-defined]
+
+
+def share(
+    session: Session, table: Leased, row_id: str, statuses: Collection[str]
+) -> bool:
+    """Take the row for reading, if its status is one of these."""
+    done = session.execute(
+        update(table)
+        .where(
+            table.id == row_id,
+            table.status.in_(statuses),
+            table.deleted_at.is_(None),
+            _free(table),
+        )
+        .values(lease_shared=table.lease_shared + 1)
+        .execution_options(synchronize_session=False)
+    )
+    return bool(done.rowcount)  # type: ignore[attr-defined]
+
+
+def move(
+    session: Session,
+    table: Leased,
+    row_id: str,
+    statuses: Collection[str],
+    **values: Any,
+) -> bool:
+    """Change a row that no job holds; no lease is left behind."""
+    done = session.execute(
+        update(table)
+        .where(
+            table.id == row_id,
+            table.status.in_(statuses),
+            table.deleted_at.is_(None),
+            _free(table),
+        )
+        .values(**values)
+        .execution_options(synchronize_session=False)
+    )
+    return bool(done.rowcount)  # type: ignore[attr-defined]
+
+
+def change(
+    session: Session, table: Leased, row_id: str, job_id: str, **values: Any
+) -> bool:
+    """Change a row that this job holds; say whether it still did."""
+    done = session.execute(
+        update(table)
+        .where(table.id == row_id, table.lease_job == job_id)
+        .values(**values)
+        .execution_options(synchronize_session=False)
+    )
+    return bool(done.rowcount)  # type: ignore[attr-defined]
+
+
+def unshare(session: Session, table: Leased, row_id: str) -> None:
+    """Give back one shared lease."""
+    session.execute(
+        update(table)
+        .where(table.id == row_id, table.lease_shared > 0)
+        .values(lease_shared=table.lease_shared - 1)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _free(table: Leased) -> ColumnElement[bool]:
+    """Return the condition that no open job holds the row."""
+    return or_(
+        table.lease_job.is_(None),
+        ~exists().where(
+            models.Job.id == table.lease_job, models.Job.state == 'open'
+        ),
+    )

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Free functions a driver may call: readers and writers ready to use.
+
+``file_reader`` and ``file_writer`` serve plain raw files and block devices;
+``nbd_reader`` and ``nbd_writer`` serve whatever QEMU can open, through a
+private export of the block daemon. Nothing here is a base class: a driver
+calls what suits its storage, or brings its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from volume import errors
+from volume import ids
+from volume import model
+from volume.blockd import PRIVATE
+from volume.drivers.base import Reader
+from volume.drivers.base import Writer
+from volume.nbd import NbdClient
+from volume.node import File
+from volume.node import meaning
+from volume.node import Node
+
+ZERO_CHUNK_BYTES = 1 << 20
+
+# What a file or device says that cannot make a hole here: zeros are written
+# instead. (EINVAL: a block device, and a run that is no whole sectors.)
+NO_HOLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def file_reader(node: Node, path: str) -> Iterator[Reader]:
+    """Open a raw file or block device for reading.
+
+    :raises NotFound: there is none
+    """
+    with node.open(path, 'rb') as file:
+        reader = _FileReader(file, path)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+
+@contextlib.contextmanager
+def file_writer(
+    node: Node, path: str, size_bytes: int
+) -> Iterator[Writer]:
+    """Open an existing raw file or block device to be filled.
+
+    It has ``size_bytes`` already (or more, for a device): a writer never
+    makes a volume longer.
+
+    :raises NotFound: there is none
+    :raises Invalid: it is shorter than ``size_bytes``
+    """
+    with node.open(path, 'rb+') as file:
+        there_bytes = os.lseek(file.fileno(), 0, os.SEEK_END)
+        if there_bytes < size_bytes:
+            raise errors.Invalid(
+                f'{path} has {there_bytes} bytes, not {size_bytes}; make it '
+                'that long before it is filled'
+            )
+        writer = _FileWriter(file, path, size_bytes)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+@contextlib.contextmanager
+def nbd_reader(
+    node: Node, blocknode: Mapping[str, Any]
+) -> Iterator[Reader]:
+    """Open what QEMU can open for reading.
+
+    :raises NotFound: one of its files is not there
+    :raises Busy: another process writes to one of its files
+    """
+    with _private(node, blocknode, writable=False) as client:
+        reader = _NbdReader(client)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+
+@contextlib.contextmanager
+def nbd_writer(
+    node: Node, blocknode: Mapping[str, Any]
+) -> Iterator[Writer]:
+    """Open what QEMU can open, and nobody else uses, to be filled.
+
+    :raises NotFound: one of its files is not there
+    :raises Busy: another process uses one of its files
+    """
+    with _private(node, blocknode, writable=True) as client:
+        writer = _NbdWriter(node, client)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def moved(
+    position: int, size_bytes: int, offset: int, whence: int
+) -> int:
+    """Return where a seek leads.
+
+    :raises Invalid: before the beginning
+    """
+    start = {os.SEEK_SET: 0, os.SEEK_CUR: position, os.SEEK_END: size_bytes}
+    if whence not in start or start[whence] + offset < 0:
+        raise errors.Invalid(f'cannot seek to {offset} from {whence}')
+    return start[whence] + offset
+
+
+def check_run(what: str, offset: int, length: int, size_bytes: int) -> None:
+    """Refuse a run that is not inside the volume.
+
+    :raises Invalid: it is not
+    """
+    if offset < 0 or length < 0 or offset + length > size_bytes:
+        raise errors.Invalid(
+            f'cannot write {length} bytes at {offset} of {what}: it ends at '
+            f'{size_bytes}'
+        )
+
+
+@contextlib.contextmanager
+def _private(
+    node: Node, blocknode: Mapping[str, Any], writable: bool
+) -> Iterator[NbdClient]:
+    if node.blockd is None:
+        raise errors.Unavailable(
+            'this node has no block daemon; what QEMU opens cannot be read '
+            'or written'
+        )
+    export_id = f'{PRIVATE}{ids.new()}'
+    with node.blockd.private(export_id, blocknode, writable) as uri:
+        with contextlib.closing(NbdClient(uri)) as client:
+            yield client
+
+
+class _FileReader(Reader):
+    """Reads by offset, so that asking for extents moves nothing."""
+
+    def __init__(self, file: File, path: str) -> None:
+        self._file = file
+        self._path = path
+        self._position = 0
+        # Not stat: a block device has no size there.
+        self.size_bytes = os.lseek(file.fileno(), 0, os.SEEK_END)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = moved(
+            self._position, self.size_bytes, offset, whence
+        )
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast('B')
+        view = view[:max(0, self.size_bytes - self._position)]
+        if not view:
+            return 0
+        try:
+            count = os.preadv(self._file.fileno(), [view], self._position)
+        except OSError as failed:
+            raise meaning(failed, f'read {self._path}') from failed
+        if not count:
+            raise errors.Corrupt(
+                f'{self._path} ended at {self._position} of '
+                f'{self.size_bytes} bytes while it was read; something cut it'
+            )
+        self._position += count
+        return count
+
+    def extents(self) -> Iterator[model.Extent]:
+        offset = 0
+        while offset < self.size_bytes:
+            data = self._find(offset, os.SEEK_DATA)
+            if data > offset:
+                yield model.Extent(offset, data - offset, True)
+            if data >= self.size_bytes:
+                return
+            offset = self._find(data, os.SEEK_HOLE)
+            if offset > data:
+                yield model.Extent(data, offset - data, False)
+
+    def _find(self, offset: int, what: int) -> int:
+        try:
+            found = os.lseek(self._file.fileno(), offset, what)
+        except OSError as failed:
+            if failed.errno == errno.ENXIO:
+                return self.size_bytes
+            # A file system or device that does not know: all is data.
+            return offset if what == os.SEEK_DATA else self.size_bytes
+        return min(found, self.size_bytes)
+
+
+class _FileWriter(Writer):
+    """Writes by offset; once a write has failed it can never be committed."""
+
+    def __init__(self, file: File, path: str, size_bytes: int) -> None:
+        self._file = file
+        self._path = path
+        self._position = 0
+        self._failed = False
+        self.size_bytes = size_bytes
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = moved(
+            self._position, self.size_bytes, offset, whence
+        )
+        return self._position
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast('B')
+        check_run(self._path, self._position, len(view), self.size_bytes)
+        self._try(lambda: self._put(self._position, view))
+        self._position += len(view)
+        return len(view)
+
+    def zero(self, offset_bytes: int, length_bytes: int) -> None:
+        check_run(self._path, offset_bytes, length_bytes, self.size_bytes)
+        if length_bytes:
+            self._try(lambda: self._clear(offset_bytes, length_bytes))
+
+    def commit(self) -> None:
+        if self._failed:
+            # The kernel reports a lost write once; a second fsync would
+            # answer that all is well.
+            raise errors.Unknown(
+                f'an earlier write to {self._path} failed; fill it again'
+            )
+        self._try(self._file.sync)
+
+    def _put(self, offset: int, view: memoryview) -> None:
+        self._file.seek(offset)
+        self._file.write(view)
+
+    def _clear(self, offset: int, length: int) -> None:
+        try:
+            self._file.punch(offset, length)
+            return
+        except errors.VolumeError as refused:
+            cause = refused.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in NO_HOLE:
+                raise
+        zeros = memoryview(bytes(min(length, ZERO_CHUNK_BYTES)))
+        while length:
+            count = min(length, ZERO_CHUNK_BYTES)
+            self._put(offset, zeros[:count])
+            offset += count
+            length -= count
+
+    def _try(self, effect: Callable[[], None]) -> None:
+        try:
+            effect()
+        except BaseException:
+            self._failed = True
+            raise
+
+
+class _NbdReader(Reader):
+    """Reads through a private export."""
+
+    def __init__(self, client: NbdClient) -> None:
+        self._client = client
+        self._position = 0
+        self.size_bytes = client.size_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = moved(
+            self._position, self.size_bytes, offset, whence
+        )
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast('B')
+        view = view[:max(0, self.size_bytes - self._position)]
+        self._client.pread_into(view, self._position)
+        self._position += len(view)
+        return len(view)
+
+    def extents(self) -> Iterator[model.Extent]:
+        return self._client.extents()
+
+
+class _NbdWriter(Writer):
+    """Writes through a private export; each request is an act."""
+
+    def __init__(self, node: Node, client: NbdClient) -> None:
+        self._node = node
+        self._client = client
+        self._position = 0
+        self._failed = False
+        self.size_bytes = client.size_bytes
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = moved(
+            self._position, self.size_bytes, offset, whence
+        )
+        return self._position
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast('B')
+        at = self._position
+        check_run('the volume', at, len(view), self.size_bytes)
+        self._try('nbd write', lambda: self._client.pwrite(view, at))
+        self._position += len(view)
+        return len(view)
+
+    def zero(self, offset_bytes: int, length_bytes: int) -> None:
+        check_run('the volume', offset_bytes, length_bytes, self.size_bytes)
+        self._try(
+            'nbd zero', lambda: self._client.zero(offset_bytes, length_bytes)
+        )
+
+    def commit(self) -> None:
+        if self._failed:
+            # As above: the error of a lost write is told once.
+            raise errors.Unknown(
+                'an earlier write to the volume failed; fill it again'
+            )
+        self._try('nbd flush', self._client.flush)
+
+    def _try(self, what: str, effect: Callable[[], None]) -> None:
+        try:
+            self._node.act(what, effect)
+        except BaseException:
+            self._failed = True
+            raise

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes as paths, for hosts that are this node.
+
+Nothing stands between the host and the file, so nothing can end a session
+for it: ``unexport`` proves that no process has the path open, and is Busy
+otherwise. What is exported stands in one small record an attachment, which
+outlives the service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from volume import blockgraph
+from volume import errors
+from volume import ids
+from volume import model
+from volume.exports.base import Exporter
+from volume.exports.base import Source
+from volume.node import Node
+
+SUFFIX = '.json'
+
+
+class LocalExporter(Exporter):
+    """Tells the path of a volume, and keeps a record of whom it told."""
+
+    accepts_blocknode: ClassVar[bool] = True
+    outlives_service: ClassVar[bool] = True
+
+    def __init__(self, conf: Any, node: Node) -> None:
+        self.conf = conf
+        self.node = node
+
+    def check(self) -> None:
+        self.node.make_directory(self._directory)
+
+    def export(
+        self,
+        attachment_id: str,
+        source: Source,
+        host: model.Host,
+        access: model.Access,
+    ) -> model.Connection:
+        path, format_name = _plain(source)
+        if not self.node.exists(path):
+            raise errors.NotFound(f'{path} is not there to be attached')
+        record: dict[str, object] = {
+            'path': path, 'format': format_name, 'access': access.value,
+        }
+        there = self._record(attachment_id)
+        if there is None:
+            self.node.make_directory(self._directory)
+            self.node.write(
+                self._path(attachment_id), json.dumps(record).encode()
+            )
+        elif there != record:
+            raise errors.Conflict(
+                f'attachment {attachment_id} is of {there.get("path")} as '
+                f'{there.get("access")}, not of {path} as {access.value}: '
+                'end it first'
+            )
+        return model.Connection('local', record)
+
+    def unexport(self, attachment_id: str) -> None:
+        there = self._record(attachment_id)
+        if there is None:
+            return
+        path = str(there.get('path', ''))
+        others = (
+            self._record(each) for each in self.exported()
+            if each != attachment_id
+        )
+        if path and not any(
+            other and other.get('path') == path for other in others
+        ):
+            _check_unused(path)
+        self.node.unlink(self._path(attachment_id))
+
+    def exported(self) -> set[str]:
+        try:
+            names = self.node.list(self._directory)
+        except errors.NotFound:
+            return set()
+        found = (
+            name.removesuffix(SUFFIX) for name in names
+            if name.endswith(SUFFIX)
+        )
+        return {name for name in found if ids.is_id(name)}
+
+    # Ours alone.
+
+    @property
+    def _directory(self) -> str:
+        return os.path.join(self.node.state_dir, 'local')
+
+    def _path(self, attachment_id: str) -> str:
+        name = ids.check(attachment_id, 'attachment')
+        return os.path.join(self._directory, f'{name}{SUFFIX}')
+
+    def _record(self, attachment_id: str) -> Mapping[str, object] | None:
+        try:
+            found = json.loads(self.node.read(self._path(attachment_id)))
+        except errors.NotFound:
+            return None
+        except ValueError as broken:
+            raise errors.Corrupt(
+                f'{self._path(attachment_id)} is no record of an '
+                'attachment; look at it, and remove it'
+            ) from broken
+        return found if isinstance(found, dict) else {}
+
+
+def _plain(source: Source) -> tuple[str, str]:
+    """Return path and format of what one file holds whole.
+
+    :raises Unsupported: it is more than one file, or none
+    """
+    if isinstance(source, model.Device):
+        return os.path.realpath(source.path), source.format
+    layer = blockgraph.parse(source)
+    if layer.file['driver'] not in ('file', 'host_device'):
+        raise errors.Unsupported(
+            'the volume is no file of this node, and cannot be attached '
+            'locally; use the nbd exporter'
+        )
+    if layer.backing or layer.options:
+        raise errors.Unsupported(
+            f'{layer.filename} is one layer of a volume, and a path cannot '
+            'say so; use the nbd exporter'
+        )
+    return layer.filename, layer.driver
+
+
+def _check_unused(path: str) -> None:
+    """Prove that no process, of those we may look into, has it open.
+
+    :raises Busy: one has
+    """
+    target = os.path.realpath(path)
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        if int(pid) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f'/proc/{pid}/fd'):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f'/proc/{pid}/fd/{fd}') == target:
+                        raise errors.Busy(
+                            f'{path} is open in process {pid}: end that '
+                            'first, a path cannot be taken away from it'
+                        )

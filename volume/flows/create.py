@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Create a volume: provision, fill, publish.
+
+An empty volume is one step; what is filled (from an image, a snapshot or
+another volume) is two, so that a crash in a long copy goes on from there.
+If the pool turns out to be full, the volume is placed anew in another one.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from volume import errors
+from volume import journal
+from volume import model
+from volume import placement
+from volume.db import claims
+from volume.db import models
+from volume.drivers import base
+from volume.flows import fill
+from volume.flows import rows
+from volume.flows import sidecar
+from volume.journal import Effect
+from volume.journal import Job
+from volume.verbs.volumes import usage
+
+
+def create_empty(job: Job) -> Effect:
+    handle = job.backend.call('create', job.volume())
+    sidecar.write(job)
+    return _publish(job, handle)
+
+
+def provision(job: Job) -> Effect:
+    source = _source(job)
+    volume = job.volume()
+    if source is not None and _clones(job, source):
+        handle = job.backend.call('clone', source, volume)
+    else:
+        handle = job.backend.call('create', volume)
+    sidecar.write(job)
+    job.known[volume.id].handle = handle
+    is_image = bool(job.volume_row().image)
+    return rows.volume(
+        job, handle=handle, status='downloading' if is_image else 'creating'
+    )
+
+
+def fill_volume(job: Job) -> Effect:
+    source = _source(job)
+    row = job.volume_row()
+    driver = job.backend.need()
+    if row.image:
+        with job.backend.guard('fill'):
+            fill.fill_from_image(
+                driver, job.volume(), job.source_for(row.image['url']),
+                row.image['url'],
+                declared_format=row.image.get('format'),
+                checksum=row.image.get('checksum'),
+                spool_directory=job.spool_directory,
+                token=f'{job.row.id}-{job.row.token}',
+                node=job.node,
+                watch=job.watch,
+                rate_bytes_per_s=job.rate_bytes_per_s,
+            )
+    elif source is not None and not _clones(job, source):
+        origin = job.backend_of(_source_row(job).backend)
+        with job.backend.guard('copy'):
+            fill.copy_volume(
+                origin.need(), source, driver, job.volume(),
+                node=job.node, watch=job.watch,
+                rate_bytes_per_s=job.rate_bytes_per_s,
+            )
+    return _publish(job, row.handle)
+
+
+def unprovision(job: Job) -> None:
+    job.backend.call('delete', job.volume())
+
+
+def _publish(job: Job, handle: str) -> Effect:
+    return rows.volume(
+        job, status='available', handle=handle, reason='',
+        launched_at=job.db.clock(),
+    )
+
+
+def _failed(job: Job, error: errors.VolumeError) -> Effect:
+    row = job.volume_row()
+    if not job.undone:
+        return rows.volume(job, status='error', reason=str(error))
+
+    def effect(session: Session) -> None:
+        rows.change(
+            job, session, models.Volume, row.id, status='error',
+            reason=str(error), claimed_bytes=0, handle='',
+        )
+        claims.give_back(session, row.backend, row.pool, row.claimed_bytes)
+
+    return effect
+
+
+def _again(job: Job, error: errors.VolumeError, session: Session) -> bool:
+    """Place the volume in a pool that was not tried, if there is one."""
+    row = job.volume_row()
+    if error.kind != 'NoSpace' or row.snapshot_id or row.source_volume_id:
+        return False
+    tried = [*job.args.get('tried', []), [row.backend, row.pool]]
+    wish = placement.Wish(
+        size_bytes=row.size_bytes,
+        tags=frozenset(row.wish['tags']),
+        project_id=row.project_id,
+        cluster=row.wish['cluster'],
+        role=row.wish['role'],
+        backend=row.wish['backend'] or row.volume_type,
+        pool=row.wish['pool'],
+    )
+    pools = [
+        pool for pool in claims.candidates(session)
+        if [pool.backend, pool.name] not in tried
+    ]
+    while pools:
+        try:
+            chosen = placement.choose(pools, wish)
+        except errors.NoSpace:
+            return False
+        size_bytes = placement.claim_bytes(chosen, wish)
+        if claims.claim(session, chosen, size_bytes):
+            break
+        pools.remove(chosen)
+    else:
+        return False
+    claims.give_back(session, row.backend, row.pool, row.claimed_bytes)
+    rows.change(
+        job, session, models.Volume, row.id, status='creating', handle='',
+        backend=chosen.backend, pool=chosen.name, claimed_bytes=size_bytes,
+    )
+    job.row.backend = chosen.backend
+    job.row.args = {**job.args, 'tried': tried}
+    return True
+
+
+def _ended(job: Job) -> None:
+    volume = job.volume_row()
+    payload = usage(volume)
+    if job.row.state == 'done':
+        payload['status'] = 'available'
+        payload['launched_at'] = job.row.ended_at
+        job.notify('volume.create.end', payload)
+    else:
+        payload['status'] = 'error'
+        payload['reason'] = job.row.error
+        job.notify('volume.create.error', payload)
+
+
+def _source_row(job: Job) -> models.Volume | models.Snapshot:
+    row = job.volume_row()
+    if row.snapshot_id:
+        return job.snapshot_row(row.snapshot_id)
+    return job.volume_row(row.source_volume_id)
+
+
+def _source(job: Job) -> model.Volume | model.Snapshot | None:
+    row = job.volume_row()
+    if row.snapshot_id:
+        return job.snapshot(row.snapshot_id)
+    if row.source_volume_id:
+        return job.volume(row.source_volume_id)
+    return None
+
+
+def _clones(job: Job, source: model.Volume | model.Snapshot) -> bool:
+    """Say whether the pool makes the clone itself."""
+    pool = (
+        source.volume.pool if isinstance(source, model.Snapshot)
+        else source.pool
+    )
+    row = job.volume_row()
+    return (
+        _source_row(job).backend == row.backend
+        and pool == row.pool
+        and isinstance(job.backend.driver, base.Clone)
+        and job.backend.feature(row.pool, 'Clone')
+    )
+
+
+EMPTY = journal.Flow(
+    'create',
+    (journal.Step(create_empty, undo=unprovision),),
+    failed=_failed, again=_again, ended=_ended,
+)
+
+FILLED = journal.Flow(
+    'create_filled',
+    (
+        journal.Step(provision, undo=unprovision),
+        journal.Step(fill_volume),  # unprovision throws the bytes away
+    ),
+    failed=_failed, again=_again, ended=_ended,
+)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Change a volume in place: extend, revert to a snapshot, flatten."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from volume import errors
+from volume import journal
+from volume.db import claims
+from volume.db import models
+from volume.drivers import base
+from volume.flows import fill
+from volume.flows import rows
+from volume.flows import sidecar
+from volume.journal import Effect
+from volume.journal import Job
+
+
+def resize(job: Job) -> Effect:
+    size_bytes = job.args['size_bytes']
+    job.backend.call('resize', job.volume(), size_bytes)
+    sidecar.write(job, size_bytes)
+    return rows.volume(
+        job, status='available', size_bytes=size_bytes, reason=''
+    )
+
+
+def _not_extended(job: Job, error: errors.VolumeError) -> Effect:
+    """Believe the storage: it has grown, or not, or cannot be asked."""
+    size_bytes, more_bytes = job.args['size_bytes'], job.args['claim_bytes']
+    row = job.volume_row()
+    try:
+        found_bytes = job.backend.call('inspect', job.volume()).size_bytes
+    except errors.VolumeError:
+        return rows.volume(job, status='error_extending', reason=str(error))
+    if found_bytes >= size_bytes:
+        return rows.volume(
+            job, status='available', size_bytes=size_bytes, reason=''
+        )
+
+    def effect(session: Session) -> None:
+        rows.change(
+            job, session, models.Volume, row.id, status='available',
+            reason=f'it was not extended: {error}',
+            claimed_bytes=models.Volume.claimed_bytes - more_bytes,
+        )
+        claims.give_back(session, row.backend, row.pool, more_bytes)
+
+    return effect
+
+
+def revert(job: Job) -> Effect:
+    snapshot = job.snapshot()
+    handle = job.volume_row().handle
+    if _reverts(job):
+        handle = job.backend.call('revert', snapshot)
+    else:
+        driver = job.backend.need()
+        with job.backend.guard('copy'):
+            fill.copy_volume(
+                driver, snapshot, driver, job.volume(), node=job.node,
+                watch=job.watch, rate_bytes_per_s=job.rate_bytes_per_s,
+            )
+    return rows.volume(job, status='available', handle=handle, reason='')
+
+
+def _not_reverted(job: Job, error: errors.VolumeError) -> Effect:
+    # A native revert happens whole or not at all; a copy that failed leaves
+    # a mixture, and the volume is not to be used before it is reverted.
+    status = 'available' if _reverts(job) else 'error_reverting'
+    return rows.volume(
+        job, status=status, reason=f'it was not reverted: {error}'
+    )
+
+
+def _reverts(job: Job) -> bool:
+    return isinstance(job.backend.driver, base.Revert) and (
+        job.backend.feature(job.volume_row().pool, 'Revert')
+    )
+
+
+def flatten(job: Job) -> Effect:
+    size_bytes = job.volume_row().size_bytes
+
+    def watch(percent: float) -> None:
+        job.watch(int(size_bytes * percent / 100), size_bytes)
+
+    handle = job.backend.call('flatten', job.volume(), watch)
+    return rows.volume(job, status='available', handle=handle, reason='')
+
+
+def _not_flattened(job: Job, error: errors.VolumeError) -> Effect:
+    return rows.volume(
+        job, status='available', reason=f'it was not flattened: {error}'
+    )
+
+
+EXTEND = journal.Flow('extend', (journal.Step(resize),), failed=_not_extended)
+REVERT = journal.Flow('revert', (journal.Step(revert),), failed=_not_reverted)
+FLATTEN = journal.Flow(
+    'flatten', (journal.Step(flatten),), failed=_not_flattened
+)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns that drivers, exporters and connectors share.
+
+All are frozen and small. Sizes and offsets are bytes; a GiB is known to
+``api/views.py`` alone. What the database keeps beside them (names, owners,
+states) is no driver's business and lives in ``db/models.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+GIB = 1 << 30
+MIB = 1 << 20
+SECTOR_BYTES = 512
+
+
+class Access(enum.Enum):
+    """What a host may do with a volume."""
+
+    READ = 'ro'
+    WRITE = 'rw'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Volume:
+    """A block device in a pool.
+
+    ``id`` is a UUID in lower case, minted by the caller before the first
+    call; ``handle`` is the driver's own name for it, empty before
+    ``create`` has returned.
+    """
+
+    id: str
+    pool: str
+    size_bytes: int
+    handle: str = ''
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a volume held at one moment; ``size_bytes`` is of that moment."""
+
+    id: str
+    volume: Volume
+    size_bytes: int
+    handle: str = ''
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pool:
+    """A place with capacity, as the driver sees it now.
+
+    ``features`` are the names of those contract features that this pool
+    has; a pool may have fewer than its driver's class declares.
+    ``hidden_bytes`` is what the pool stores for nobody by name (a layer
+    whose snapshot was deleted and whose children live on).
+    ``device`` names the physical store: pools of one device share its free
+    bytes.
+    """
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    thin: bool
+    features: frozenset[str] = frozenset()
+    granularity_bytes: int = SECTOR_BYTES
+    max_volume_bytes: int = (1 << 63) - SECTOR_BYTES
+    hidden_bytes: int = 0
+    device: str = ''
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """A thing on the storage: a volume, or a snapshot of one.
+
+    ``id`` is ours, read back from the name or the tag that the driver gave
+    it; ``None`` if it is foreign. ``snapshot_of`` is the id of the volume
+    whose snapshot this is. ``sidecar`` carries what stands beside the
+    volume to rebuild a lost database from (no secrets).
+    """
+
+    handle: str
+    size_bytes: int
+    id: str | None = None
+    snapshot_of: str | None = None
+    sidecar: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Device:
+    """A path on this node through which a volume can be read and written.
+
+    ``format`` is what the path holds (``raw`` for a block device); nobody
+    ever probes it.
+    """
+
+    path: str
+    is_block: bool
+    format: str = 'raw'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Host:
+    """Who attaches a volume."""
+
+    name: str
+    addresses: tuple[str, ...] = ()
+    iqn: str | None = None
+    nqn: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Connection:
+    """How a host reaches an exported volume.
+
+    ``protocol`` is the ``driver_volume_type`` of the compute side
+    (``nbd``, ``local``, ``iscsi`` …), ``fields`` its data; JSON values
+    only.
+    """
+
+    protocol: str
+    fields: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes; ``is_zero`` means that it reads as zeros."""
+
+    offset_bytes: int
+    length_bytes: int
+    is_zero: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IoLimits:
+    """How fast a volume may be used; ``None`` is no limit."""
+
+    iops: int | None = None
+    bytes_per_s: int | None = None

@@ -1,0 +1,562 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only door to this machine: run, open, rename, lock.
+
+Whatever a driver or exporter does to the world goes through ``Node.act``, so
+that the fault suite can refuse it, lose its reply, or let the process die
+before or after it. Commands are run without a shell, with a time limit,
+bounded output, and resource limits where they parse foreign bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import errno
+import fcntl
+import io
+import os
+import re
+import selectors
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TYPE_CHECKING, TypeVar
+
+from volume import errors
+from volume import locks
+
+if TYPE_CHECKING:
+    from volume.blockd import Blockd
+
+T = TypeVar('T')
+
+# What the operating system says, and what it means to our caller.
+MEANING: Mapping[int, type[errors.VolumeError]] = {
+    errno.ENOSPC: errors.NoSpace,
+    errno.EDQUOT: errors.NoSpace,
+    errno.ENOENT: errors.NotFound,
+    errno.EEXIST: errors.Conflict,
+    errno.EBUSY: errors.Busy,
+    errno.EACCES: errors.Invalid,
+    errno.EPERM: errors.Invalid,
+    errno.EROFS: errors.Invalid,
+    errno.ENOTDIR: errors.Invalid,
+    errno.ENAMETOOLONG: errors.Invalid,
+    errno.EFBIG: errors.Invalid,
+    errno.ELOOP: errors.Invalid,
+    errno.EOPNOTSUPP: errors.Unsupported,
+    # This machine has no more of something; nothing happened.
+    errno.EAGAIN: errors.Unavailable,
+    errno.EMFILE: errors.Unavailable,
+    errno.ENFILE: errors.Unavailable,
+    errno.ENOMEM: errors.Unavailable,
+}
+
+FICLONE = 0x40049409  # linux/fs.h
+PERCENT = re.compile(rb'\((\d+(?:\.\d+)?)/100%\)')  # qemu-img -p
+ENVIRONMENT = {'LC_ALL': 'C', 'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'}
+SECRET = re.compile(
+    r'(?i)((?:password|passwd|secret|token|key)\S*?[=:]\s*)\S+'
+)
+
+_held: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar(
+    'held', default=()
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """What a command that parses foreign bytes may use, by prlimit(1)."""
+
+    address_bytes: int = 1 << 30
+    cpu_s: int = 10
+    file_bytes: int | None = None
+
+    def argv(self) -> list[str]:
+        prefix = [
+            'prlimit', f'--as={self.address_bytes}', f'--cpu={self.cpu_s}',
+            '--core=0', '--nofile=256',
+        ]
+        if self.file_bytes is not None:
+            prefix.append(f'--fsize={self.file_bytes}')
+        return prefix
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Space:
+    """A file system's capacity; ``device`` is the same for the same one."""
+
+    total_bytes: int
+    free_bytes: int
+    device: str
+
+
+class CommandFailed(errors.Unknown):
+    """A command ended with an exit code other than zero.
+
+    A driver maps it by a table; unmapped it counts as ``Unknown``.
+    """
+
+    def __init__(self, argv: Sequence[str], code: int, stderr: str) -> None:
+        self.code = code
+        self.stderr = stderr
+        last = stderr.strip().splitlines()[-1:] or ['it said nothing']
+        super().__init__(f'{argv[0]} failed with code {code}: {last[0]:.400}')
+
+
+class Node:
+    """This machine."""
+
+    def __init__(self, state_dir: str) -> None:
+        self.state_dir = state_dir
+        self.blockd: Blockd | None = None
+
+    def act(self, what: str, effect: Callable[[], T]) -> T:
+        """Have an effect on the world; the one place to inject faults."""
+        return effect()
+
+    # Commands.
+
+    def run(
+        self,
+        *argv: str,
+        timeout_s: float = 60.0,
+        limits: Limits | None = None,
+        input_bytes: bytes = b'',
+        output_bytes_max: int = 1 << 20,
+        secrets: Sequence[str] = (),
+        watch: Callable[[float], None] | None = None,
+    ) -> str:
+        """Run a command to its end and return what it printed.
+
+        ``watch`` is called a few times a second with the percentage that
+        the command last printed (``qemu-img -p``); what it raises ends the
+        command. The command inherits the locks that its caller holds, and
+        has a process group of its own.
+
+        :raises CommandFailed: its exit code was not zero
+        :raises Unknown: it was killed for its time or its output
+        :raises Unavailable: it is not installed
+        """
+        full = [*(limits.argv() if limits else ()), *argv]
+        return self.act(
+            f'run {argv[0]}' + ''.join(f' {a}' for a in argv[1:2]),
+            lambda: _run(
+                full, timeout_s, input_bytes, output_bytes_max, secrets, watch
+            ),
+        )
+
+    # Files.
+
+    def open(self, path: str, mode: str = 'rb') -> File:
+        """Open a file unbuffered; each write of it is an act of its own."""
+        return self._file_act(
+            'open', path, lambda: File(self, path, io.FileIO(path, mode))
+        )
+
+    def exists(self, path: str) -> bool:
+        """Say whether the name is there; a dangling link is."""
+        return self._file_act('exists', path, lambda: _mode(path) is not None)
+
+    def is_file(self, path: str) -> bool:
+        """Say whether the name is a plain file, and not a link to one."""
+        return self._file_act(
+            'is_file', path, lambda: stat.S_ISREG(_mode(path) or 0)
+        )
+
+    def size(self, path: str) -> int:
+        """Return the size of the file in bytes.
+
+        :raises NotFound: there is none
+        """
+        return self._file_act('size', path, lambda: os.stat(path).st_size)
+
+    def allocated_bytes(self, path: str) -> int:
+        """Return how much of the file is stored; zero if it is gone."""
+        try:
+            return self._file_act(
+                'allocated', path, lambda: os.stat(path).st_blocks * 512
+            )
+        except errors.NotFound:
+            return 0
+
+    def space(self, path: str) -> Space:
+        """Return the capacity of the file system that holds a path."""
+
+        def ask() -> Space:
+            fs = os.statvfs(path)
+            return Space(
+                fs.f_blocks * fs.f_frsize,
+                fs.f_bavail * fs.f_frsize,
+                f'fs:{os.stat(path).st_dev:x}',
+            )
+
+        return self._file_act('space', path, ask)
+
+    def list(self, path: str) -> list[str]:
+        """Return the names in a directory, sorted."""
+        return self._file_act('list', path, lambda: sorted(os.listdir(path)))
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory for this user alone; its parents too."""
+        self._file_act(
+            'mkdir', path, lambda: os.makedirs(path, 0o700, exist_ok=True)
+        )
+
+    def read(self, path: str, bytes_max: int = 1 << 20) -> bytes:
+        """Return a small file's bytes.
+
+        :raises NotFound: there is none
+        :raises Invalid: it is larger than ``bytes_max``
+        """
+
+        def ask() -> bytes:
+            with open(path, 'rb') as f:
+                data = f.read(bytes_max + 1)
+            if len(data) > bytes_max:
+                raise errors.Invalid(f'{path} is over {bytes_max} bytes')
+            return data
+
+        return self._file_act('read', path, ask)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put a small file there, whole or not at all, durably."""
+        draft = f'{path}.new'
+
+        def put() -> None:
+            with open(draft, 'wb') as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(draft, path)
+            _sync_directory(path)
+
+        self._file_act('write', path, put)
+
+    def rename(self, source: str, target: str) -> None:
+        """Give a file another name, durably; an existing target is replaced.
+
+        Never for a file that a daemon has open (a test holds us to that).
+        """
+
+        def move() -> None:
+            os.replace(source, target)
+            _sync_directory(target)
+            if os.path.dirname(source) != os.path.dirname(target):
+                _sync_directory(source)
+
+        self._file_act('rename', target, move)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file or link, durably; return at once if it is gone."""
+
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            _sync_directory(path)
+
+        self._file_act('unlink', path, remove)
+
+    def readlink(self, path: str) -> str:
+        """Return what a link points to.
+
+        :raises NotFound: there is no link
+        """
+        return self._file_act('readlink', path, lambda: os.readlink(path))
+
+    def point(self, path: str, target: str) -> None:
+        """Make ``path`` a link to ``target``, replacing it in one step."""
+        draft = f'{path}.new'
+
+        def switch() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+            os.symlink(target, draft)
+            os.replace(draft, path)
+            _sync_directory(path)
+
+        self._file_act('point', path, switch)
+
+    def clone_file(self, source: str, target: str) -> None:
+        """Make ``target`` share the bytes of ``source`` (reflink), durably.
+
+        :raises Unsupported: the file system cannot
+        """
+
+        def clone() -> None:
+            with open(source, 'rb') as s, open(target, 'wb') as t:
+                try:
+                    fcntl.ioctl(t.fileno(), FICLONE, s.fileno())
+                except OSError as failed:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(target)
+                    if failed.errno in (
+                        errno.EINVAL, errno.ENOTTY, errno.EXDEV,
+                        errno.EOPNOTSUPP,
+                    ):
+                        raise errors.Unsupported(
+                            f'{os.path.dirname(target)} has no reflink'
+                        ) from failed
+                    raise
+                os.fsync(t.fileno())
+
+        self._file_act('clone', target, clone)
+
+    def _file_act(self, verb: str, path: str, effect: Callable[[], T]) -> T:
+        def mapped() -> T:
+            try:
+                return effect()
+            except OSError as failed:
+                raise meaning(failed, f'{verb} {path}') from failed
+
+        return self.act(f'{verb} {os.path.basename(path)}', mapped)
+
+    # Locks.
+
+    @contextlib.contextmanager
+    def hold(
+        self, exclusive: Sequence[str] = (), shared: Sequence[str] = ()
+    ) -> Iterator[None]:
+        """Hold the locks of these objects, here and in every helper started.
+
+        The lock lives as long as the last process that inherited it. Whoever
+        asks has the lease already, so a holder that is left is a stalled
+        predecessor or its orphan: it is killed, and waited for.
+
+        :raises Unavailable: the holder could not be ended
+        """
+        directory = os.path.join(self.state_dir, 'locks')
+        with locks.hold(directory, exclusive, shared) as descriptors:
+            token = _held.set((*_held.get(), *descriptors))
+            try:
+                yield
+            finally:
+                _held.reset(token)
+
+
+class File(io.RawIOBase):
+    """A file of the node, unbuffered; writes and syncs are acts."""
+
+    def __init__(self, node: Node, path: str, raw: io.FileIO) -> None:
+        self._node = node
+        self._path = path
+        self._raw = raw
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def readable(self) -> bool:
+        return self._raw.readable()
+
+    def writable(self) -> bool:
+        return self._raw.writable()
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._raw.seek(offset, whence)
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        try:
+            return self._raw.readinto(buffer)
+        except OSError as failed:
+            raise meaning(failed, f'read {self._path}') from failed
+
+    def write(self, data: Any, /) -> int:
+        def put() -> int:
+            left = memoryview(data).cast('B')
+            total = len(left)
+            while left:
+                left = left[self._raw.write(left) or 0:]
+            return total
+
+        return self._act('write', put)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        return self._act('truncate', lambda: self._raw.truncate(size))
+
+    def punch(self, offset_bytes: int, length_bytes: int) -> None:
+        """Make a run read as zeros, and free what it stored if possible."""
+
+        def hole() -> None:
+            # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE; Python has no
+            # wrapper, and ctypes' libc call is what util-linux does as well.
+            _fallocate(self.fileno(), 0x01 | 0x02, offset_bytes, length_bytes)
+
+        self._act('punch', hole)
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        self._act('sync', lambda: os.fsync(self.fileno()))
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def _act(self, verb: str, effect: Callable[[], T]) -> T:
+        return self._node._file_act(verb, self._path, effect)
+
+
+def meaning(failed: OSError, doing: str) -> errors.VolumeError:
+    """Return our error for one of the operating system's."""
+    kind = MEANING.get(failed.errno or 0, errors.Unknown)
+    return kind(f'{doing}: {os.strerror(failed.errno or 0)}')
+
+
+def mask(text: str, secrets: Sequence[str] = ()) -> str:
+    """Replace secrets, and what looks like one, by three stars."""
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, '***')
+    return SECRET.sub(r'\1***', text)
+
+
+def _mode(path: str) -> int | None:
+    """Return the mode of what bears the name; ``None`` if nothing does.
+
+    Not by os.path.lexists: it takes any failure for absence, and "gone" is
+    never guessed.
+    """
+    try:
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(os.path.dirname(path) or '.', os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.fallocate(
+        ctypes.c_int(fd), ctypes.c_int(mode),
+        ctypes.c_int64(offset), ctypes.c_int64(length),
+    )
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _run(
+    argv: list[str],
+    timeout_s: float,
+    input_bytes: bytes,
+    output_bytes_max: int,
+    secrets: Sequence[str],
+    watch: Callable[[float], None] | None,
+) -> str:
+    try:
+        child = subprocess.Popen(
+            argv, env=ENVIRONMENT, pass_fds=_held.get(), process_group=0,
+            stdin=subprocess.PIPE if input_bytes else subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+    except FileNotFoundError as missing:
+        raise errors.Unavailable(f'{argv[0]} is not installed') from missing
+    except OSError as failed:
+        raise meaning(failed, f'start {argv[0]}') from failed
+    with child:
+        try:
+            out, err = _talk(
+                child, argv, timeout_s, input_bytes, output_bytes_max, watch
+            )
+        except BaseException:
+            _kill_group(child)
+            raise
+    code = child.returncode
+    if code:
+        words = mask(err.decode(errors='replace'), secrets)
+        if words.startswith('prlimit: failed to execute'):
+            raise errors.Unavailable(
+                f'{_without_prlimit(argv)[0]} is not installed'
+            )
+        name = argv if argv[0] != 'prlimit' else _without_prlimit(argv)
+        raise CommandFailed(name, code, words)
+    return out.decode(errors='replace')
+
+
+def _talk(
+    child: subprocess.Popen[bytes],
+    argv: list[str],
+    timeout_s: float,
+    input_bytes: bytes,
+    output_bytes_max: int,
+    watch: Callable[[float], None] | None,
+) -> tuple[bytes, bytes]:
+    """Feed and drain the child until it ends."""
+    deadline = time.monotonic() + timeout_s
+    assert child.stdout and child.stderr
+    kept = {child.stdout: bytearray(), child.stderr: bytearray()}
+    percent = 0.0
+    with selectors.DefaultSelector() as selector:
+        for pipe in kept:
+            selector.register(pipe, selectors.EVENT_READ)
+        if child.stdin:
+            # Small inputs only: a pipe holds 64 KiB without a reader.
+            assert len(input_bytes) <= 1 << 16
+            # A child that does not want its input says why by its code.
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(input_bytes)
+                child.stdin.close()
+        while selector.get_map():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise errors.Unknown(
+                    f'{argv[0]} did not end within {timeout_s:g} s'
+                )
+            for key, _ in selector.select(min(left_s, 0.3)):
+                data = os.read(key.fd, 1 << 16)
+                if not data:
+                    selector.unregister(key.fileobj)
+                    continue
+                buffer = kept[key.fileobj]  # type: ignore[index]
+                buffer += data
+                if watch and (found := PERCENT.findall(buffer[-200:])):
+                    percent = float(found[-1])
+                    del buffer[:-200]
+                if len(buffer) > output_bytes_max:
+                    raise errors.Unknown(
+                        f'{argv[0]} printed over {output_bytes_max} bytes'
+                    )
+            if watch:
+                watch(percent)
+        _await(child, argv[0], deadline, timeout_s)
+    return bytes(kept[child.stdout]), bytes(kept[child.stderr])
+
+
+def _await(
+    child: subprocess.Popen[bytes],
+    name: str,
+    deadline: float,
+    timeout_s: float,
+) -> None:
+    """Wait for a child that has closed its output; it may live on."""
+    try:
+        child.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise errors.Unknown(
+            f'{name} did not end within {timeout_s:g} s'
+        ) from None
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _without_prlimit(argv: list[str]) -> list[str]:
+    rest = argv[1:]
+    while rest and rest[0].startswith('--'):
+        rest = rest[1:]
+    return rest

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Report what backends and pools are like now; claims are never touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from volume import model
+from volume.backends import Backend
+from volume.db import models
+
+
+def report(
+    session: Session, backends: list[Backend], host: str, now: float
+) -> None:
+    """Write the state of this manager's backends and their pools."""
+    for backend in backends:
+        row = session.get(models.Backend, backend.name)
+        if row is None:
+            row = models.Backend(name=backend.name, enabled=True)
+            session.add(row)
+        row.host = host
+        row.is_up = backend.is_up
+        row.reason = backend.reason
+        row.updated_at = now
+        _settings(row, backend.conf)
+        _pools(session, backend, host, now)
+    _devices(session)
+
+
+def _settings(row: models.Backend, conf: Any) -> None:
+    row.driver = conf.driver if conf else ''
+    row.exporter = conf.exporter if conf else ''
+    row.tags = list(conf.tags) if conf else []
+    row.projects = list(conf.projects) if conf else []
+    row.cluster = conf.cluster if conf else ''
+    row.role = conf.role if conf else ''
+    row.cost = conf.cost if conf else 0
+
+
+def _pools(
+    session: Session, backend: Backend, host: str, now: float
+) -> None:
+    rows = {
+        row.name: row for row in session.scalars(
+            select(models.Pool).where(models.Pool.backend == backend.name)
+        )
+    }
+    for name, row in rows.items():
+        if name not in backend.pools or not backend.is_up:
+            row.is_up = False
+    if not backend.is_up:
+        return
+    for name, pool in backend.pools.items():
+        if name not in rows:
+            rows[name] = models.Pool(
+                backend=backend.name, name=name, claimed_bytes=0
+            )
+            session.add(rows[name])
+        _fill(rows[name], pool, backend.conf, host, now)
+
+
+def _fill(
+    row: models.Pool, pool: model.Pool, conf: Any, host: str, now: float
+) -> None:
+    total, free = pool.total_bytes, pool.free_bytes
+    if conf.capacity_gib is not None:
+        total = min(total, int(conf.capacity_gib * model.GIB))
+    reserved = total * conf.reserved_percent // 100
+    times = conf.oversubscription if pool.thin else 1.0
+    row.is_up = True
+    row.total_bytes = total
+    row.limit_bytes = int(total * times) - reserved
+    row.free_bytes = max(free - reserved, 0)
+    row.hidden_bytes = pool.hidden_bytes
+    row.granularity_bytes = pool.granularity_bytes
+    row.max_volume_bytes = min(pool.max_volume_bytes, 1 << 62)
+    row.thin = pool.thin
+    row.features = sorted(pool.features)
+    row.device = f'{host}/{pool.device}' if pool.device else ''
+    row.updated_at = now
+
+
+def _devices(session: Session) -> None:
+    """Give each physical store the largest budget that a pool of it has."""
+    session.flush()
+    budgets: dict[str, list[int]] = {}
+    for pool in session.scalars(select(models.Pool)):
+        if pool.device:
+            budget = budgets.setdefault(pool.device, [0, 0])
+            budget[0] = max(budget[0], pool.limit_bytes)
+            budget[1] += pool.claimed_bytes
+    for name, (limit, claimed) in budgets.items():
+        device = session.get(models.Device, name)
+        if device is None:
+            device = models.Device(name=name, claimed_bytes=claimed)
+            session.add(device)
+        device.limit_bytes = limit

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver fault suite: spoil every act of every method, then repeat it.
+
+For each method of a driver, for each act of it on the machine, for each
+fault: run the method, let the fault come up, start a new driver on the same
+storage, call the method again. Then everything must be as if nothing had
+happened: the same volumes and snapshots with the same bytes, and nothing
+left once they are deleted. A second pass deletes at once, as a flow's undo
+does.
+
+A driver author subclasses ``DriverFaultSuite`` with ``unittest.TestCase``
+and says how a driver is made over a given node; there is nothing else to
+write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from volume import errors
+from volume import ids
+from volume import model
+from volume.drivers import base
+from volume.testing import faults
+from volume.testing import workbench
+from volume.testing.workbench import fill
+from volume.testing.workbench import pattern
+
+Deed = Callable[[Any], object]
+
+ACTS_MAX = 400
+
+
+class DriverFaultSuite(workbench.Case):
+    """Every method of a driver may fail anywhere, and be called again."""
+
+    size_bytes: ClassVar[int] = 2 * workbench.CHUNK_BYTES
+    pool_name: ClassVar[str | None] = None
+
+    kinds: ClassVar[tuple[tuple[str, bool], ...]] = tuple(
+        itertools.product(faults.KINDS, (False, True))
+    )
+    """Kinds of faults, and whether each comes after the effect."""
+
+    def make_driver(self, node: faults.FaultyNode) -> base.Driver:
+        """Return a driver over the node; the storage is always the same."""
+        raise NotImplementedError
+
+    def make_node(self) -> faults.FaultyNode:
+        """Return a node without a fault; its state directory is the same."""
+        raise NotImplementedError
+
+    def leftovers(self) -> object:
+        """Return what lies on the storage, beyond what ``scan`` shows.
+
+        It must be equal before and after each run.
+        """
+        return None
+
+    def setUp(self) -> None:
+        super().setUp()
+        driver: Any = self.start()
+        pools = {pool.name: pool for pool in driver.pools()}
+        self.pool = pools[self.pool_name or next(iter(pools))]
+        grain = self.pool.granularity_bytes
+        self.size = -(-self.size_bytes // grain) * grain
+        self.bystander = self.new_volume()
+        self.volume, self.other = self.new_volume(), self.new_volume()
+        self.larger = self.new_volume(2 * self.size)
+        self.snapshots = [
+            model.Snapshot(ids.new(), self.volume, self.size)
+            for _ in range(3)
+        ]
+        driver.create(self.bystander)
+        fill(driver, self.bystander, pattern(99, self.size))
+        self.empty = self.describe(driver), self.leftovers()
+        self.addCleanup(lambda: self.start().delete(self.bystander))
+
+    # The scenes: what there is, and what is done to it.
+
+    def test_check(self) -> None:
+        self.spoil(
+            lambda d: self.make(d, self.volume, 1), lambda d: d.check()
+        )
+
+    def test_create(self) -> None:
+        self.spoil(lambda d: None, lambda d: d.create(self.volume))
+
+    def test_fill(self) -> None:
+        self.spoil(
+            lambda d: d.create(self.volume),
+            lambda d: self.fill(d, self.volume, 2),
+        )
+
+    def test_read(self) -> None:
+        self.spoil(
+            lambda d: self.make(d, self.volume, 1),
+            lambda d: workbench.content(d, self.volume),
+        )
+
+    def test_delete(self) -> None:
+        self.spoil(
+            lambda d: self.make(d, self.volume, 1),
+            lambda d: d.delete(self.volume),
+        )
+
+    def test_inspect_scan_and_pools(self) -> None:
+        self.spoil(
+            lambda d: self.make(d, self.volume, 1),
+            lambda d: (
+                d.inspect(self.volume), list(d.scan(self.pool.name)),
+                [pool.name for pool in d.pools()],
+            ),
+        )
+
+    def test_adopt(self) -> None:
+        self.need(base.Adopt)
+
+        def prepare(driver: Any) -> None:
+            self.make(driver, self.volume, 1)
+            self.handle = self.disown(driver)
+
+        self.spoil(prepare, lambda d: d.adopt(self.handle, self.other))
+
+    def test_disown(self) -> None:
+        self.need(base.Adopt)
+        self.spoil(
+            lambda d: self.make(d, self.volume, 1),
+            lambda d: d.disown(self.volume),
+        )
+
+    def test_clone_of_a_volume(self) -> None:
+        self.need(base.Clone)
+        self.spoil(
+            lambda d: self.make(d, self.volume, 1),
+            lambda d: d.clone(self.volume, self.other),
+        )
+
+    def test_larger_clone_of_a_snapshot(self) -> None:
+        self.need(base.Clone, base.Snapshots)
+        self.spoil(
+            self.two_snapshots,
+            lambda d: d.clone(self.snapshots[0], self.larger),
+        )
+
+    def test_delete_of_a_clone_s_origin(self) -> None:
+        self.need(base.Clone)
+
+        def prepare(driver: Any) -> None:
+            self.make(driver, self.volume, 1)
+            driver.clone(self.volume, self.other)
+
+        self.spoil(prepare, lambda d: d.delete(self.volume))
+
+    def test_describe(self) -> None:
+        self.need(base.Describe)
+        self.spoil(
+            lambda d: self.make(d, self.volume, 1),
+            lambda d: d.describe(self.volume, {'name': 'new'}),
+        )
+
+    def test_flatten(self) -> None:
+        self.need(base.Flatten, base.Clone)
+
+        def prepare(driver: Any) -> None:
+            self.make(driver, self.volume, 1)
+            driver.clone(self.volume, self.larger)
+
+        self.spoil(
+            prepare, lambda d: d.flatten(self.larger, lambda percent: None)
+        )
+
+    def test_map_and_unmap(self) -> None:
+        self.need(base.LocalDevice)
+
+        def work(driver: Any) -> None:
+            driver.map(self.volume, model.Access.WRITE)
+            driver.unmap(self.volume)
+
+        self.spoil(lambda d: self.make(d, self.volume, 1), work)
+
+    def test_resize(self) -> None:
+        self.need(base.Resize)
+        self.spoil(
+            lambda d: self.make(d, self.volume, 1),
+            lambda d: d.resize(self.volume, 2 * self.size),
+        )
+
+    def test_revert(self) -> None:
+        self.need(base.Revert, base.Snapshots)
+        self.spoil(
+            self.two_snapshots, lambda d: d.revert(self.snapshots[0])
+        )
+
+    def test_snapshot(self) -> None:
+        self.need(base.Snapshots)
+        self.spoil(
+            self.two_snapshots, lambda d: d.snapshot(self.snapshots[2])
+        )
+
+    def test_delete_snapshot(self) -> None:
+        self.need(base.Snapshots)
+
+        def prepare(driver: Any) -> None:
+            self.two_snapshots(driver)
+            if 'Clone' in self.pool.features:
+                driver.clone(self.snapshots[0], self.other)
+
+        for snapshot in self.snapshots[:2]:
+            with self.subTest(snapshot=self.snapshots.index(snapshot)):
+                def delete(driver: Any, which: Any = snapshot) -> None:
+                    driver.delete_snapshot(which)
+
+                self.spoil(prepare, delete)
+
+    def test_upkeep(self) -> None:
+        self.need(base.Upkeep)
+
+        def prepare(driver: Any) -> None:
+            if {'Snapshots', 'Clone'} <= self.pool.features:
+                self.two_snapshots(driver)
+                driver.clone(self.snapshots[1], self.other)
+                for snapshot in self.snapshots[:2]:
+                    driver.delete_snapshot(snapshot)
+
+        self.spoil(
+            prepare, lambda d: workbench.tend(d, self.pool.name)
+        )
+
+    # How a scene is played.
+
+    def spoil(self, prepare: Deed, deed: Deed) -> None:
+        """Do the deed with each fault, repeat it, and compare."""
+        driver = self.start()
+        prepare(driver)
+        deed(driver)
+        wanted = self.describe(driver)
+        self.clear('undisturbed')
+        for nth in range(1, ACTS_MAX):
+            came_up = False
+            for kind, is_late in self.kinds:
+                fault = faults.Fault(kind, nth, is_late)
+                came_up |= self.play(fault, prepare, deed, wanted)
+            if not came_up:
+                self.assertGreater(nth, 1, 'the deed does not use the node')
+                return
+        self.fail(f'over {ACTS_MAX} acts')
+
+    def play(
+        self, fault: faults.Fault, prepare: Deed, deed: Deed, wanted: object
+    ) -> bool:
+        """Play the scene once with a repetition, and once with an undo."""
+        for is_undone in False, True:
+            if is_undone and fault.kind != 'crash':
+                continue
+            prepare(self.start())
+            node = self.make_node()
+            driver = self.make_driver(node)
+            driver.check()
+            node.arm(fault)
+            with contextlib.suppress(faults.Crash, errors.VolumeError):
+                deed(driver)
+            words = f'{fault}, acts {node.trace}, undone: {is_undone}'
+            if not is_undone:
+                driver = self.start()
+                try:
+                    deed(driver)
+                except errors.VolumeError as failed:
+                    raise AssertionError(f'{words}: {failed!r}') from failed
+                self.assertEqual(wanted, self.describe(driver), words)
+            self.clear(words)
+        return node.fired
+
+    def start(self) -> Any:
+        """Return a driver as it is after the service has started anew."""
+        driver = self.make_driver(self.make_node())
+        driver.check()
+        return driver
+
+    def clear(self, words: str) -> None:
+        """Delete all but the bystander; nothing else may be left."""
+        driver = self.start()
+        known = {
+            found.handle for found in driver.scan(self.pool.name)
+            if found.id is None
+        }
+        for handle in known:
+            volume = self.new_volume()
+            driver.adopt(handle, volume)
+            driver.delete(volume)
+        for snapshot in self.snapshots:
+            if isinstance(driver, base.Snapshots):
+                driver.delete_snapshot(snapshot)
+        for volume in self.larger, self.other, self.volume:
+            driver.delete(volume)
+        workbench.tend(driver, self.pool.name)
+        left = self.describe(driver), self.leftovers()
+        self.assertEqual(self.empty, left, words)
+
+    def describe(self, driver: Any) -> list[tuple[Any, ...]]:
+        """Return all that a user can know of the pool, with the bytes."""
+        return sorted(
+            (
+                found.id or '', found.snapshot_of or '', found.size_bytes,
+                sorted(found.sidecar.items()), self.bytes_of(driver, found),
+            )
+            for found in driver.scan(self.pool.name)
+        )
+
+    def bytes_of(self, driver: Any, found: model.Found) -> int:
+        """Return a figure that differs if the bytes do."""
+        if found.id is None:
+            return 0
+        volume = model.Volume(
+            found.snapshot_of or found.id, self.pool.name, found.size_bytes
+        )
+        source: workbench.Source = volume
+        if found.snapshot_of:
+            source = model.Snapshot(found.id, volume, found.size_bytes)
+        return hash(workbench.content(driver, source))
+
+    # What scenes are made of.
+
+    def need(self, *features: type) -> None:
+        for feature in features:
+            if feature.__name__ not in self.pool.features:
+                self.skipTest(f'no {feature.__name__}')
+
+    def new_volume(self, size_bytes: int | None = None) -> model.Volume:
+        return model.Volume(ids.new(), self.pool.name, size_bytes or self.size)
+
+    def make(self, driver: Any, volume: model.Volume, seed: int) -> None:
+        driver.create(volume)
+        self.fill(driver, volume, seed)
+
+    def fill(self, driver: Any, volume: model.Volume, seed: int) -> None:
+        fill(driver, volume, pattern(seed, volume.size_bytes))
+
+    def two_snapshots(self, driver: Any) -> None:
+        """Make the volume with two snapshots, each of other bytes."""
+        for seed, snapshot in enumerate(self.snapshots[:2], 1):
+            if seed == 1:
+                driver.create(self.volume)
+            self.fill(driver, self.volume, seed)
+            driver.snapshot(snapshot)
+        self.fill(driver, self.volume, 3)
+
+    def disown(self, driver: Any) -> str:
+        driver.disown(self.volume)
+        handle, = (
+            found.handle for found in driver.scan(self.pool.name)
+            if found.id is None
+        )
+        return str(handle)

@@ -1,0 +1,592 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accept what hosts ask: reserve, connect, attach, detach, disconnect.
+
+The six historical verbs and the attachments of the newer API are two views
+of one row an attachment. Each transition is one conditional UPDATE; a verb
+that has nothing to do on the storage is no job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import case
+from sqlalchemy import ColumnElement
+from sqlalchemy import delete as sql_delete
+from sqlalchemy import exists
+from sqlalchemy import select
+from sqlalchemy import update as sql_update
+from sqlalchemy.orm import Session
+
+from volume import errors
+from volume import ids
+from volume.context import Caller
+from volume.core import Core
+from volume.core import Ended
+from volume.db import models
+from volume.verbs import checks
+from volume.verbs import rows
+
+CONNECTABLE = frozenset({'available', 'reserved', 'attaching', 'in-use'})
+CONNECTED = CONNECTABLE | {
+    'detaching', 'error', 'error_attaching', 'error_detaching', 'maintenance',
+}
+
+
+def reserve(core: Core, caller: Caller, volume_id: str) -> None:
+    """``available`` becomes ``attaching``; of two at once one succeeds.
+
+    :raises Invalid: its status is another
+    """
+    _move(core, caller, volume_id, {'available'}, 'attaching', 'be reserved')
+
+
+def unreserve(core: Core, caller: Caller, volume_id: str) -> None:
+    """``attaching`` becomes what it was; any other status is left alone."""
+    volumes = models.Volume
+    ids.check(volume_id, 'volume id')
+
+    def accept(session: Session) -> None:
+        rows.volume(session, caller, volume_id)
+        session.execute(
+            sql_update(volumes)
+            .where(volumes.id == volume_id, volumes.status == 'attaching')
+            .values(status=_settled(), updated_at=core.db.clock())
+            .execution_options(synchronize_session=False)
+        )
+
+    core.db.write(accept)
+
+
+def begin_detaching(core: Core, caller: Caller, volume_id: str) -> None:
+    """``in-use`` becomes ``detaching``.
+
+    :raises Invalid: its status is another
+    """
+    _move(core, caller, volume_id, {'in-use'}, 'detaching', 'be detached')
+
+
+def roll_detaching(core: Core, caller: Caller, volume_id: str) -> None:
+    """``detaching`` becomes ``in-use`` again; the host could not let go."""
+    _move(
+        core, caller, volume_id, {'detaching'}, 'in-use', 'be rolled back'
+    )
+
+
+def connect(
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    connector: object,
+    *,
+    attachment_id: str | None = None,
+    mode: str = 'rw',
+) -> dict[str, Any]:
+    """Let a host in, and return its connection_info when that is done.
+
+    Repeated for the same host, it is the same answer.
+
+    :raises Invalid: the volume's status forbids it, or another host has it
+    :raises Unavailable: the storage does not answer
+    """
+    properties = checks.connector(connector)
+    _check_mode(mode)
+
+    def accept(
+        session: Session,
+    ) -> tuple[models.Job | None, models.Volume, models.Attachment | None]:
+        row, there = _with_attachments(session, caller, volume_id)
+        mine = _mine(there, properties['host'], attachment_id)
+        if attachment_id and mine is None:
+            raise errors.NotFound(
+                f'attachment {attachment_id} could not be found'
+            )
+        if mine is not None and mine.is_connected:
+            return None, row, mine
+        _need_room(row, there, mine, properties['host'])
+        job_id = ids.new()
+        rows.take(session, row, job_id, CONNECTABLE, 'be attached')
+        job = rows.open_job(
+            session, core, caller, 'attach', job_id, row.backend,
+            volume_id=row.id, exclusive=[f'volume-{row.id}'],
+            args={
+                'attachment_id': mine.id if mine else ids.new(),
+                'is_new': mine is None,
+                'connector': properties,
+                'mode': 'ro' if row.readonly else mode,
+            },
+        )
+        return job, row, mine
+
+    job, row, mine = core.when_free(lambda: core.db.write(accept))
+    if job is None:
+        assert mine is not None
+        return dict(mine.connection)
+    core.hint(job, row, mine)
+    ended = _wait(core, job)
+    answer: dict[str, Any] | None = ended.answer.get('connection')
+    if answer is None:  # another process ran the job
+        made = core.db.read(lambda session: session.get(
+            models.Attachment, job.args['attachment_id']
+        ))
+        answer = dict(made.connection) if made else {}
+    return answer
+
+
+def disconnect(
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    connector: object,
+    *,
+    force: bool = False,
+) -> None:
+    """End a host's access, and return when that is proved.
+
+    Another host's access is left alone; a host that has none is no error.
+    """
+    host = (
+        checks.connector(connector)['host']
+        if connector or not force else None
+    )
+
+    def accept(
+        session: Session,
+    ) -> tuple[models.Job, models.Volume] | None:
+        row, there = _with_attachments(session, caller, volume_id)
+        mine = [
+            each for each in there
+            if (host is None or each.host == host) and each.is_connected
+        ]
+        if not mine:
+            return None
+        return _open_detach(
+            session, core, caller, row, mine,
+            remove=[
+                each.id for each in mine
+                if force or each.status == 'attaching'
+            ],
+        ), row
+
+    accepted = core.when_free(lambda: core.db.write(accept))
+    if accepted is not None:
+        core.hint(*accepted)
+        _wait(core, accepted[0])
+
+
+def attach(
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    instance_uuid: str | None,
+    mountpoint: str | None,
+    *,
+    host_name: str | None = None,
+    mode: str = 'rw',
+) -> None:
+    """Record that a host uses the volume: it is ``in-use``.
+
+    :raises Invalid: its status forbids it, or the instance is no UUID
+    """
+    _check_mode(mode)
+    if instance_uuid is not None:
+        instance_uuid = ids.check(instance_uuid, 'instance UUID')
+    mountpoint = checks.text(mountpoint, 'mountpoint') or None
+    now = core.db.clock()
+    attachments = models.Attachment
+
+    def accept(session: Session) -> None:
+        moved = _try_move(
+            session, core, caller, volume_id,
+            {'available', 'attaching', 'reserved', 'in-use'}, 'in-use',
+        )
+        if not moved:
+            row = rows.volume(session, caller, volume_id)
+            rows.refuse(row, CONNECTABLE, 'be attached')
+        values = {
+            'status': 'attached', 'instance_uuid': instance_uuid,
+            'mountpoint': mountpoint, 'attached_at': now,
+        }
+        changed = session.execute(
+            sql_update(attachments)
+            .where(
+                attachments.volume_id == volume_id,
+                attachments.status != 'attached',
+            )
+            .values(**values)
+            .execution_options(synchronize_session=False)
+        )
+        if changed.rowcount:  # type: ignore[attr-defined]
+            return
+        row, there = _with_attachments(session, caller, volume_id)
+        for each in there:
+            if each.instance_uuid == instance_uuid:
+                return
+        if there and not row.multiattach:
+            raise errors.Invalid(f'volume {row.id} is attached already')
+        session.add(attachments(
+            id=ids.new(), volume_id=row.id, project_id=row.project_id,
+            backend=row.backend, host=host_name or '', connector={},
+            connection={}, is_connected=False, mode=mode, created_at=now,
+            **values,
+        ))
+
+    core.when_free(lambda: core.db.write(accept))
+
+
+def detach(
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    attachment_id: str | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Record that a host has let go; end its access if that still stands.
+
+    :raises Invalid: it is not attached, or to several hosts and none named
+    """
+    attachments, volumes = models.Attachment, models.Volume
+    ids.check(volume_id, 'volume id')
+
+    def simple(session: Session) -> bool:
+        """Detach what has no access left, in two statements."""
+        where = [
+            attachments.volume_id == volume_id,
+            attachments.is_connected.is_(False),
+            exists().where(
+                volumes.id == volume_id,
+                volumes.status == 'detaching',
+                *_owned(caller, volumes),
+            ),
+        ]
+        if attachment_id:
+            where.append(attachments.id == attachment_id)
+        gone = session.execute(
+            sql_delete(attachments).where(*where)
+            .execution_options(synchronize_session=False)
+        ).rowcount  # type: ignore[attr-defined]
+        if gone > 1:
+            raise errors.Invalid(
+                f'volume {volume_id} is attached {gone} times; name the '
+                'attachment'
+            )
+        if not gone:
+            return False
+        session.execute(
+            sql_update(volumes).where(volumes.id == volume_id)
+            .values(status=_settled(), updated_at=core.db.clock())
+            .execution_options(synchronize_session=False)
+        )
+        return True
+
+    def accept(
+        session: Session,
+    ) -> tuple[models.Job, models.Volume] | None:
+        if not force and simple(session):
+            return None
+        row, there = _with_attachments(session, caller, volume_id)
+        if attachment_id:
+            there = [each for each in there if each.id == attachment_id]
+        if not there:
+            if row.status == 'available' or not force:
+                raise errors.Invalid(f'volume {row.id} is not attached')
+            row.status = 'available'
+            return None
+        if len(there) > 1 and not force:
+            raise errors.Invalid(
+                f'volume {row.id} is attached {len(there)} times; name the '
+                'attachment'
+            )
+        return _open_detach(
+            session, core, caller, row, there,
+            remove=[each.id for each in there],
+        ), row
+
+    accepted = core.when_free(lambda: core.db.write(accept))
+    if accepted is not None:
+        core.hint(*accepted)
+        _wait(core, accepted[0])
+
+
+def create(
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    instance_uuid: str | None,
+    connector: object = None,
+    mode: str = 'rw',
+) -> models.Attachment:
+    """Make an attachment: reserved, or with a connector connected.
+
+    :raises Invalid: the volume's status forbids it, or another has it
+    """
+    _check_mode(mode)
+    if instance_uuid is not None:
+        instance_uuid = ids.check(instance_uuid, 'instance UUID')
+    properties = checks.connector(connector) if connector else {}
+
+    def accept(session: Session) -> models.Attachment:
+        row, there = _with_attachments(session, caller, volume_id)
+        _need_room(row, there, None, '')
+        status = 'attaching' if properties else 'reserved'
+        moved = _try_move(
+            session, core, caller, volume_id, {'available', 'in-use'},
+            row.status if row.status == 'in-use' else status,
+        )
+        if not moved:
+            rows.refuse(row, {'available'}, 'be attached')
+        attachment = models.Attachment(
+            id=ids.new(), volume_id=row.id, project_id=row.project_id,
+            backend=row.backend, status=status,
+            host=properties.get('host', ''), connector=properties,
+            connection={}, is_connected=False,
+            instance_uuid=instance_uuid,
+            mode='ro' if row.readonly else mode,
+            created_at=core.db.clock(),
+        )
+        session.add(attachment)
+        return attachment
+
+    attachment = core.when_free(lambda: core.db.write(accept))
+    if not properties:
+        return attachment
+    try:
+        return update(core, caller, attachment.id, properties)
+    except errors.VolumeError:
+        delete(core, caller, attachment.id)
+        raise
+
+
+def update(
+    core: Core, caller: Caller, attachment_id: str, connector: object
+) -> models.Attachment:
+    """Connect an attachment that was reserved."""
+    row = core.db.read(
+        lambda session: rows.attachment(session, caller, attachment_id)
+    )
+    connect(
+        core, caller, row.volume_id, connector,
+        attachment_id=row.id, mode=row.mode,
+    )
+    return core.db.read(
+        lambda session: rows.attachment(session, caller, attachment_id)
+    )
+
+
+def complete(core: Core, caller: Caller, attachment_id: str) -> None:
+    """Record that the host uses the volume: it is ``in-use``.
+
+    :raises Invalid: the attachment has no connection yet
+    """
+
+    def accept(session: Session) -> None:
+        row = rows.attachment(session, caller, attachment_id)
+        if not row.is_connected:
+            raise errors.Invalid(
+                f'attachment {row.id} is {row.status}: give it a connector '
+                'first'
+            )
+        if not _try_move(
+            session, core, caller, row.volume_id,
+            {'attaching', 'in-use', 'reserved', 'available'}, 'in-use',
+        ):
+            volume = rows.volume(session, caller, row.volume_id)
+            rows.refuse(volume, CONNECTABLE, 'be attached')
+        row.status = 'attached'
+        row.attached_at = core.db.clock()
+
+    core.when_free(lambda: core.db.write(accept))
+
+
+def delete(
+    core: Core, caller: Caller, attachment_id: str
+) -> list[models.Attachment]:
+    """End an attachment and its access; return what the volume has left."""
+
+    def accept(session: Session) -> tuple[models.Job, models.Volume]:
+        row = rows.attachment(session, caller, attachment_id)
+        volume = rows.volume(session, caller, row.volume_id)
+        return _open_detach(
+            session, core, caller, volume, [row], remove=[row.id]
+        ), volume
+
+    job, volume = core.when_free(lambda: core.db.write(accept))
+    core.hint(job, volume)
+    _wait(core, job)
+    return core.db.read(lambda session: list(session.scalars(
+        select(models.Attachment)
+        .where(models.Attachment.volume_id == volume.id)
+    )))
+
+
+def _open_detach(
+    session: Session,
+    core: Core,
+    caller: Caller,
+    volume: models.Volume,
+    ending: list[models.Attachment],
+    remove: list[str],
+) -> models.Job:
+    job_id = ids.new()
+    rows.take(session, volume, job_id, CONNECTED, 'be detached')
+    return rows.open_job(
+        session, core, caller, 'detach', job_id, volume.backend,
+        volume_id=volume.id, exclusive=[f'volume-{volume.id}'],
+        args={
+            'attachments': [
+                [each.id, each.connector or {'host': each.host}]
+                for each in ending
+            ],
+            'remove': remove,
+        },
+    )
+
+
+def _with_attachments(
+    session: Session, caller: Caller, volume_id: str
+) -> tuple[models.Volume, list[models.Attachment]]:
+    """Return a volume and its attachments, in one statement."""
+    volumes, attachments = models.Volume, models.Attachment
+    found = session.execute(
+        select(volumes, attachments)
+        .outerjoin(attachments, attachments.volume_id == volumes.id)
+        .where(volumes.id == ids.check(volume_id, 'volume id'))
+    ).all()
+    if (
+        not found
+        or found[0][0].deleted_at is not None
+        or not rows.sees(caller, found[0][0])
+    ):
+        raise errors.NotFound(f'volume {volume_id} could not be found')
+    return found[0][0], [each for _, each in found if each is not None]
+
+
+def _mine(
+    there: list[models.Attachment], host: str, attachment_id: str | None
+) -> models.Attachment | None:
+    for each in there:
+        if each.id == attachment_id:
+            return each
+        if attachment_id is None and each.host == host:
+            return each
+    return None
+
+
+def _need_room(
+    row: models.Volume,
+    there: list[models.Attachment],
+    mine: models.Attachment | None,
+    host: str,
+) -> None:
+    """Refuse a second host, unless the volume is for several."""
+    if row.multiattach:
+        return
+    for other in there:
+        if other is not mine:
+            raise errors.Invalid(
+                f'volume {row.id} is attached to '
+                f'{other.host or other.instance_uuid or "another host"}, and '
+                'is not multi-attach'
+            )
+
+
+def _settled() -> ColumnElement[str]:
+    """Return the status that the attachments left over give a volume."""
+    attachments, volumes = models.Attachment, models.Volume
+    return case(
+        (
+            exists().where(
+                attachments.volume_id == volumes.id,
+                attachments.status == 'attached',
+            ),
+            'in-use',
+        ),
+        (
+            exists().where(
+                attachments.volume_id == volumes.id,
+                attachments.status == 'attaching',
+                attachments.instance_uuid.is_not(None),
+            ),
+            'attaching',
+        ),
+        (
+            exists().where(
+                attachments.volume_id == volumes.id,
+                attachments.status == 'reserved',
+            ),
+            'reserved',
+        ),
+        else_='available',
+    )
+
+
+def settle(session: Session, volume_id: str, now: float) -> None:
+    """Give a volume the status that its attachments say."""
+    volumes = models.Volume
+    session.execute(
+        sql_update(volumes).where(volumes.id == volume_id)
+        .values(status=_settled(), updated_at=now)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _owned(caller: Caller, table: type[models.Volume]) -> list[Any]:
+    owned: list[Any] = [table.deleted_at.is_(None)]
+    if not caller.is_admin:
+        owned.append(table.project_id == caller.project_id)
+    return owned
+
+
+def _try_move(
+    session: Session,
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    statuses: Collection[str],
+    status: str,
+) -> bool:
+    volumes = models.Volume
+    moved = session.execute(
+        sql_update(volumes)
+        .where(
+            volumes.id == ids.check(volume_id, 'volume id'),
+            volumes.status.in_(statuses),
+            *_owned(caller, volumes),
+        )
+        .values(status=status, updated_at=core.db.clock())
+        .execution_options(synchronize_session=False)
+    )
+    return bool(moved.rowcount)  # type: ignore[attr-defined]
+
+
+def _move(
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    statuses: Collection[str],
+    status: str,
+    verb: str,
+) -> None:
+    def accept(session: Session) -> None:
+        if not _try_move(
+            session, core, caller, volume_id, statuses, status
+        ):
+            row = rows.volume(session, caller, volume_id)
+            rows.refuse(row, statuses, verb)
+
+    core.when_free(lambda: core.db.write(accept))
+
+
+def _check_mode(mode: object) -> None:
+    if mode not in ('rw', 'ro'):
+        raise errors.Invalid(f'mode {mode!r:.40} is neither rw nor ro')
+
+
+def _wait(core: Core, job: models.Job) -> Ended:
+    """Return the job when it has ended well; raise what it failed with."""
+    ended = core.wait(job.id, core.settings.call_timeout_s)
+    if ended.state != 'done':
+        raise errors.rebuild(ended.error_kind, ended.error)
+    return ended
