@@ -105,9 +105,11 @@ class Blockd:
 
         :raises Conflict: the export exists, of another file or access
         :raises Busy: another process has a lock on one of the files
+        :raises Corrupt: by its header a layer lies on another image
         """
         _check(export_id)
         layer = blockgraph.parse(blocknode)
+        self._check_headers(layer)
         for _ in range(ROUNDS):
             with self._started() as monitor:
                 try:
@@ -275,6 +277,13 @@ class Blockd:
             except qmp.NotRunning:
                 self._process.check_gone()
             yield monitor
+
+    def _check_headers(self, top: Layer) -> None:
+        for layer in top.chain():
+            if (layer.driver, layer.file['driver']) == ('qcow2', 'file'):
+                with self._node.open(layer.filename) as file:
+                    head = file.read(blockgraph.HEADER_BYTES) or b''
+                blockgraph.check_header(layer, head)
 
     def _export(
         self, monitor: qmp.Monitor, export_id: str, layer: Layer,

@@ -36,6 +36,10 @@ STOP_S = 10.0
 LOCK_S = 40.0
 LOG_BYTES_MAX = 1 << 20
 
+# Those that this process started, to be reaped when they have ended: they
+# are the process's children, whichever object started them.
+_children: list[subprocess.Popen[bytes]] = []
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
@@ -53,7 +57,6 @@ class Process:
         self._node = node
         self._directory = directory
         self._tcp = tcp
-        self._child: subprocess.Popen[bytes] | None = None
         if tcp is not None:
             _loopback(tcp)
 
@@ -116,8 +119,7 @@ class Process:
                 self._node.act(
                     f'stop {PROGRAM}', lambda: self._end(record)
                 )
-            if self._child:
-                self._child.poll()
+            _reap()
 
     # Ours alone.
 
@@ -195,7 +197,7 @@ class Process:
             ) from missing
         finally:
             os.close(fd)
-        self._child = child
+        _children.append(child)
         try:
             self._await(child, from_bytes)
             _raise_files(child.pid)
@@ -297,8 +299,7 @@ class Process:
     def _await_end(self, record: Record) -> None:
         deadline = time.monotonic() + STOP_S
         while _runs(record) and time.monotonic() < deadline:
-            if self._child:
-                self._child.poll()
+            _reap()
             time.sleep(0.005)
 
     @contextlib.contextmanager
@@ -402,6 +403,11 @@ def _start_time(pid: int) -> int | None:
     if fields[0] in (b'Z', b'X'):
         return None
     return int(fields[19])
+
+
+def _reap() -> None:
+    """Take note of the daemons of ours that have ended."""
+    _children[:] = [child for child in _children if child.poll() is None]
 
 
 def _runs(record: Record) -> bool:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,12 @@ from volume import errors
 
 DEPTH_MAX = 256
 OUR_NAME = re.compile(r'[bns][0-9a-f]{30}')
+
+# In a qcow2 header: where the name of the backing file is, and its length.
+# The name lies in the first cluster, before 64 KiB.
+BACKING_AT = struct.Struct('>8xQI')
+HEADER_BYTES = 1 << 16
+QCOW2_MAGIC = b'QFI\xfb'
 
 # Formats whose headers may name a backing file.
 BACKED = frozenset({'qcow', 'qcow2', 'qed', 'vmdk'})
@@ -135,6 +142,35 @@ def file_qapi(file: Mapping[str, Any], name: str) -> dict[str, Any]:
     if file['driver'] in ('file', 'host_device'):
         node['locking'] = 'on'
     return node
+
+
+def check_header(layer: Layer, head: bytes) -> None:
+    """Hold a layer against the first bytes of its qcow2 file.
+
+    Served over another image than it was made for, or over none, its
+    unwritten clusters would read as what nobody wrote.
+
+    :raises Corrupt: it was made for another chain
+    """
+    if not head.startswith(QCOW2_MAGIC):
+        return  # QEMU will not open it either, and says why
+    offset, length = BACKING_AT.unpack_from(head.ljust(20, b'\0'))
+    name = head[offset:offset + length]
+    named = name.decode(errors='surrogateescape')
+    if offset and (len(name) < length or not name or b'\0' in name):
+        raise errors.Corrupt(
+            f'{layer.filename} has a broken header: it names a backing file, '
+            'but not which'
+        )
+    wanted = layer.backing.filename if layer.backing else ''
+    if offset:
+        directory = os.path.dirname(layer.filename)
+        named = os.path.realpath(os.path.join(directory, named))
+    if named != wanted:
+        raise errors.Corrupt(
+            f'{layer.filename} lies on {named or "nothing"} by its header, '
+            f'but is to be opened over {wanted or "nothing"}'
+        )
 
 
 class Graph:
@@ -264,7 +300,10 @@ def _leaf(file: object) -> dict[str, Any]:
         )
     if options['driver'] in ('file', 'host_device'):
         name = options.get('filename')
-        if not isinstance(name, str) or not os.path.isabs(name):
+        if (
+            not isinstance(name, str) or not os.path.isabs(name)
+            or '\0' in name
+        ):
             raise errors.Invalid(f'{name!r:.200} is no absolute path')
         # The file that the name means now: a pointer may move later.
         options['filename'] = os.path.realpath(name)

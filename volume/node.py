@@ -201,10 +201,17 @@ class Node:
         return self._file_act('list', path, lambda: sorted(os.listdir(path)))
 
     def make_directory(self, path: str) -> None:
-        """Make a directory for this user alone; its parents too."""
-        self._file_act(
-            'mkdir', path, lambda: os.makedirs(path, 0o700, exist_ok=True)
-        )
+        """Make a directory for this user alone, durably; its parents too."""
+
+        def make() -> None:
+            made = [path]
+            while made[-1] and not os.path.isdir(made[-1]):
+                made.append(os.path.dirname(made[-1]))
+            os.makedirs(path, 0o700, exist_ok=True)
+            for name in made[:-1]:
+                _sync_directory(name)
+
+        self._file_act('mkdir', path, make)
 
     def read(self, path: str, bytes_max: int = 1 << 20) -> bytes:
         """Return a small file's bytes.

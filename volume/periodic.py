@@ -7,6 +7,7 @@ exports alive, reservations short and tables small.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ def restore_exports(core: Core, backends: Mapping[str, Backend]) -> int:
     count = 0
     for volume_id, gone in missing.items():
         job = core.db.write(
-            lambda s, v=volume_id, g=gone: _open_restore(s, core, v, g)
+            functools.partial(_open_restore, core, volume_id, gone)
         )
         if job is not None:
             core.hint(job)
@@ -172,10 +173,10 @@ def _exported(backend: Backend) -> set[str] | None:
 
 
 def _open_restore(
-    session: Session,
     core: Core,
     volume_id: str,
     gone: list[models.Attachment],
+    session: Session,
 ) -> models.Job | None:
     row = session.get(models.Volume, volume_id)
     if row is None:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from volume import errors
+from volume.node import meaning
 from volume.node import Node
 
 MONITORS = 4
@@ -225,6 +226,8 @@ def _reserved(path: str) -> Iterator[bool]:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except FileNotFoundError as absent:
         raise NotRunning(f'{path}: no such directory') from absent
+    except OSError as failed:
+        raise meaning(failed, f'open {path}') from failed
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -195,9 +195,8 @@ class Service:
             listen=group.listen, port=group.port, threads=group.threads,
             tls_certificate=group.tls_certificate, tls_key=group.tls_key,
         )
-        web.start()
+        self.address = web.start()
         self._stack.callback(web.stop)
-        self.address = web.url
 
     def _sweep(self) -> None:
         self.runner.sweep()

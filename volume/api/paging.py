@@ -10,8 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import urllib.parse
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from volume import errors
@@ -25,6 +24,7 @@ CONTROL = frozenset({
     'all_tenants', 'with_count',
 })
 FLAGS = frozenset({'bootable', 'multiattach'})
+LITERAL = FLAGS | {'metadata'}
 LITERAL_MAX = 2048
 SORT_KEYS_MAX = 8
 LIKE_SINCE = 34
@@ -64,6 +64,8 @@ def page(
         ours = NAMES.get(name, name)
         if name not in filters or ours not in known:
             raise errors.Invalid(f'there is no filter {key!r:.80} here')
+        if like and ours in LITERAL:
+            raise errors.Invalid(f'the filter {name} must be met exactly')
         chosen.append(lookup.Filter(ours, _value(call, key, ours), like))
     limit, marker = call.one('limit'), call.one('marker')
     most = call.limits.page_items_max

@@ -51,6 +51,14 @@ class CopyClaims(workbench.Workbench):
             driver.resize(volume, self.size(volume.size_bytes // 2))
         self.assert_seed(volume, 1)
 
+    def test_resize_above_the_limit_is_refused(self) -> None:
+        driver = self.need(base.Resize)
+        volume = self.volume(seed=1)
+        limit = self.pool.max_volume_bytes + self.pool.granularity_bytes
+        with self.assertRaises((errors.Invalid, errors.NoSpace)):
+            driver.resize(volume, limit)
+        self.assert_seed(volume, 1)
+
     def test_resize_of_what_is_absent_is_not_found(self) -> None:
         driver = self.need(base.Resize)
         with self.assertRaises(errors.NotFound):

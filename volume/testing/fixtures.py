@@ -21,6 +21,7 @@ from oslo_config import cfg
 from volume.blockd import Blockd
 from volume.drivers import base
 from volume.node import Node
+from volume.testing import faults
 
 XFS_BYTES = 1 << 30  # sparse; mkfs.xfs wants at least 300 MiB
 COMMAND_S = 60
@@ -41,8 +42,14 @@ def make_node(test: unittest.TestCase) -> Node:
 def serve_blocks(test: unittest.TestCase, node: Node) -> None:
     """Give the node a storage daemon, ended with the test."""
     directory = os.path.join(node.state_dir, 'blockd')
-    node.blockd = Blockd(node, directory)
-    test.addCleanup(Blockd(Node(node.state_dir), directory).stop)
+    blockd = node.blockd = Blockd(node, directory)
+
+    def stop() -> None:
+        if isinstance(node, faults.FaultyNode):
+            node.arm(None)
+        blockd.stop()
+
+    test.addCleanup(stop)
 
 
 def settings(driver: type[base.Driver], **options: Any) -> Any:
@@ -57,6 +64,11 @@ def settings(driver: type[base.Driver], **options: Any) -> Any:
     for name, value in options.items():
         conf.set_override(name, value, group='backend')
     return conf['backend']
+
+
+def directory(test: unittest.TestCase, name: str = 'pool') -> str:
+    """Return a fresh directory, on whatever file system."""
+    return _under(state_dir(test), name)
 
 
 def plain_directory(test: unittest.TestCase, name: str = 'pool') -> str:

@@ -234,9 +234,13 @@ class DriverFaultSuite(workbench.Case):
 
     def spoil(self, prepare: Deed, deed: Deed) -> None:
         """Do the deed with each fault, repeat it, and compare."""
-        driver = self.start()
+        node = self.make_node()
+        driver = self.make_driver(node)
+        driver.check()
         prepare(driver)
+        node.arm(None)
         deed(driver)
+        self.assert_durable(node.trace)
         wanted = self.describe(driver)
         self.clear('undisturbed')
         for nth in range(1, ACTS_MAX):
@@ -274,6 +278,18 @@ class DriverFaultSuite(workbench.Case):
             self.clear(words)
         return node.fired
 
+    def assert_durable(self, trace: list[str]) -> None:
+        """Fail if a file was written and never synced."""
+        opened, unsynced = set(), set()
+        for verb, _, name in (act.partition(' ') for act in trace):
+            if verb == 'open':
+                opened.add(name)  # what was not is written whole, durably
+            elif verb in ('write', 'truncate', 'punch'):
+                unsynced |= {name} & opened
+            elif verb in ('sync', 'unlink'):
+                unsynced.discard(name)
+        self.assertEqual(set(), unsynced, f'not durable: {trace}')
+
     def start(self) -> Any:
         """Return a driver as it is after the service has started anew."""
         driver = self.make_driver(self.make_node())
@@ -295,6 +311,8 @@ class DriverFaultSuite(workbench.Case):
             if isinstance(driver, base.Snapshots):
                 driver.delete_snapshot(snapshot)
         for volume in self.larger, self.other, self.volume:
+            if isinstance(driver, base.LocalDevice):
+                driver.unmap(volume)
             driver.delete(volume)
         workbench.tend(driver, self.pool.name)
         left = self.describe(driver), self.leftovers()

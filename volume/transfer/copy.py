@@ -200,7 +200,7 @@ class _Ahead(threading.Thread):
         self._free = queue.SimpleQueue()
         for _ in range(CHUNKS):
             self._free.put(bytearray(CHUNK_BYTES))
-        self._stop = threading.Event()
+        self._ending = threading.Event()
 
     def run(self) -> None:
         try:
@@ -229,7 +229,7 @@ class _Ahead(threading.Thread):
     def end(self) -> None:
         """End the thread; a source that can is told to stop waiting."""
         if self.is_alive():
-            self._stop.set()
+            self._ending.set()
             self._free.put(None)
             abort = getattr(self._source, 'abort', None)
             if abort is not None:
@@ -246,7 +246,7 @@ class _Ahead(threading.Thread):
             return
         at = 0
         for run in self._extents:
-            if self._stop.is_set():
+            if self._ending.is_set():
                 return
             if run.offset_bytes != at:
                 raise errors.Corrupt(
@@ -272,7 +272,7 @@ class _Ahead(threading.Thread):
         end = at + length
         while at < end:
             buffer = self._free.get()
-            if buffer is None or self._stop.is_set():
+            if buffer is None or self._ending.is_set():
                 return
             # Chunks stay aligned, so that blocks of zeros do, too.
             want = min(CHUNK_BYTES - at % CHUNK_BYTES, end - at)

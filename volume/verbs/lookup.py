@@ -8,11 +8,8 @@ counting: what is made or deleted meanwhile shifts nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from collections.abc import Sequence
-from typing import Any
-from typing import Generic
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import and_
 from sqlalchemy import ColumnElement
@@ -188,8 +185,8 @@ def volumes(
                 )
             ):
                 beside.setdefault(each.volume_id, []).append(each)
-        hosts: dict[str, str] = {
-            name: host for name, host in session.execute(
+        hosts = {
+            each.name: each.host for each in session.execute(
                 select(models.Backend.name, models.Backend.host)
             )
         }
@@ -301,13 +298,13 @@ def usage(core: Core, project_id: str | None) -> Usage:
         table: type[models.Volume] | type[models.Snapshot],
     ) -> dict[int, int]:
         query = (
-            select(table.size_bytes, func.count())
+            select(table.size_bytes, func.count().label('number'))
             .where(table.deleted_at.is_(None))
             .group_by(table.size_bytes)
         )
         if project_id is not None:
             query = query.where(table.project_id == project_id)
-        return {size: count for size, count in session.execute(query)}
+        return {row.size_bytes: row.number for row in session.execute(query)}
 
     return core.db.read(lambda session: Usage(
         sizes(session, models.Volume), sizes(session, models.Snapshot)
@@ -374,7 +371,8 @@ def _condition(
         ))
     if wanted.like:
         return column.contains(wanted.value, autoescape=True)
-    return column == wanted.value
+    equal: ColumnElement[bool] = column == wanted.value
+    return equal
 
 
 def _order(

@@ -7,8 +7,7 @@ transaction, so that of two callers neither loses the other's key.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -18,7 +17,6 @@ from volume.context import Caller
 from volume.core import Core
 from volume.db import models
 from volume.verbs import checks
-from volume.verbs import rows
 
 Find = Callable[[Session, Caller, str], models.Volume | models.Snapshot]
 Guard = Callable[[Mapping[str, str]], None]

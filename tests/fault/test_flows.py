@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every flow survives every fault of every call.
+
+For each scenario and driver the n-th call to the machine is refused, loses
+its reply, or is where the process dies, before and after its effect; n
+grows until the fault no longer comes up. Then a new process recovers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import unittest
+
+from volume.db import models
+from volume.testing import faults
+from volume.testing import fixtures
+from volume.verbs import attachments
+from volume.verbs import snapshots
+from volume.verbs import volumes
+
+from tests.fault import scenarios
+from tests.fault.world import CALLER
+from tests.fault.world import World
+
+
+LOOKS = frozenset({
+    'exists', 'size', 'allocated', 'space', 'list', 'read', 'readlink',
+})
+
+
+class FlowFaults:
+    """One test a scenario; a driver adds its section."""
+
+    exporter = 'nbd'
+
+    def section(self) -> str:
+        raise NotImplementedError
+
+    def world(self) -> World:
+        return World(
+            self, f'{self.section()}\nexporter = {self.exporter}',
+            blockd=self.exporter == 'nbd',
+        )
+
+    def survive(self, scenario: type[scenarios.Scenario]) -> None:
+        trace = self.one(scenario, None)
+        self.assertTrue(trace, 'no call of the node was counted')
+        for nth, what in enumerate(trace, 1):
+            for fault in faults.every(nth):
+                # A call that only looks has no effect to come before or
+                # after: one refusal stands for all six.
+                if what.split()[0] in LOOKS and fault != faults.Fault(
+                    'refused', nth, False
+                ):
+                    continue
+                with self.subTest(fault=str(fault), at=what):
+                    self.one(scenario, fault)
+
+    def one(
+        self, scenario: type[scenarios.Scenario], fault: faults.Fault | None
+    ) -> list[str]:
+        """Run the scenario with a fault; return what the node did."""
+        world = self.world()
+        try:
+            run = scenario(world)
+            missing = scenario.needs - set(
+                world.backends['b'].pools[world.pool()].features
+            )
+            if missing:
+                self.skipTest(f'no {", ".join(sorted(missing))}')
+            run.prepare()
+            self.assertEqual([], world.disagreements())
+            world.node.arm(fault)
+            with world.surviving():
+                run.act()
+            trace = world.node.trace
+            world.restart()
+            where = f'{fault} in {trace}'
+            self.assertEqual([], world.disagreements(), where)
+            run.verify()
+            self.assertEqual([], world.disagreements(), where)
+            self.clean_up(world)
+            return trace
+        finally:
+            if world.node.blockd:
+                world.node.arm(None)
+                world.node.blockd.stop()
+            shutil.rmtree(world.directory, ignore_errors=True)
+
+    def clean_up(self, world: World) -> None:
+        """Delete everything, and find the storage empty."""
+        for row in world.all(models.Attachment):
+            attachments.delete(world.core, CALLER, row.id)
+        for row in world.live(models.Snapshot).values():
+            snapshots.delete(world.core, CALLER, row.id, force=True)
+        for row in world.live(models.Volume).values():
+            volumes.delete(world.core, CALLER, row.id, force=True)
+        self.assertEqual({}, world.live(models.Volume))
+        self.assertEqual(set(), world.stored())
+        self.assertEqual([], world.disagreements())
+
+
+def _add_tests() -> None:
+    for scenario in scenarios.SCENARIOS:
+        words = ''.join(
+            f'_{c.lower()}' if c.isupper() else c for c in scenario.__name__
+        )
+
+        def test(self, scenario=scenario) -> None:
+            self.survive(scenario)
+
+        test.__name__ = f'test{words}_survives_every_fault'
+        setattr(FlowFaults, test.__name__, test)
+
+
+_add_tests()
+
+
+class FileFaults(FlowFaults, unittest.TestCase):
+    """The file driver where the file system has reflink."""
+
+    exporter = 'local'
+
+    def section(self) -> str:
+        directory = fixtures.reflink_directory(self)
+        return f'driver = file\ndirectories = {directory}'
+
+
+class PlainFileFaults(FlowFaults, unittest.TestCase):
+    """The file driver without reflink: clones are copies."""
+
+    exporter = 'local'
+
+    def section(self) -> str:
+        directory = fixtures.plain_directory(self)
+        return f'driver = file\ndirectories = {directory}'

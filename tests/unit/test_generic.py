@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers and writers of plain files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import unittest
+from collections.abc import Callable
+from typing import TypeVar
+
+from volume import errors
+from volume.drivers import generic
+from volume.node import Node
+
+T = TypeVar('T')
+MIB = 1 << 20
+SIZE = 4 * MIB
+
+
+class FailingNode(Node):
+    """Answers one kind of call with an error of the system, always."""
+
+    verb = ''
+    number = 0
+
+    def act(self, what: str, effect: Callable[[], T]) -> T:
+        if self.verb and what.startswith(self.verb):
+            try:
+                raise OSError(self.number, 'by the test')
+            except OSError as cause:
+                raise errors.Unknown(what) from cause
+        return effect()
+
+
+class FileTest(unittest.TestCase):
+    def setUp(self) -> None:
+        root = tempfile.mkdtemp(prefix='vt', dir='/tmp')
+        self.addCleanup(shutil.rmtree, root)
+        self.node = FailingNode(root)
+        self.path = os.path.join(root, 'a')
+        with open(self.path, 'wb') as f:
+            f.truncate(SIZE)
+
+    def bytes(self) -> bytes:
+        with open(self.path, 'rb') as f:
+            return f.read()
+
+    def test_what_was_written_is_read(self) -> None:
+        data = os.urandom(MIB)
+        with generic.file_writer(self.node, self.path, SIZE) as writer:
+            writer.seek(MIB)
+            self.assertEqual(MIB, writer.write(data))
+            self.assertEqual(2 * MIB, writer.tell())
+            writer.commit()
+        with generic.file_reader(self.node, self.path) as reader:
+            self.assertEqual(SIZE, reader.size_bytes)
+            self.assertEqual(
+                bytes(MIB) + data + bytes(2 * MIB), reader.read()
+            )
+            reader.seek(-3, os.SEEK_END)
+            buffer = bytearray(10)
+            self.assertEqual(3, reader.readinto(buffer))
+            self.assertEqual(0, reader.readinto(buffer))
+
+    def test_extents_cover_the_file_and_zero_ones_hold_zeros(self) -> None:
+        with open(self.path, 'r+b') as f:
+            f.seek(MIB)
+            f.write(b'x' * 65536)
+        for size in SIZE, SIZE + 1, MIB:
+            os.truncate(self.path, size)
+            with generic.file_reader(self.node, self.path) as reader:
+                at = 0
+                for extent in reader.extents():
+                    self.assertEqual(at, extent.offset_bytes)
+                    self.assertGreater(extent.length_bytes, 0)
+                    at += extent.length_bytes
+                    if extent.is_zero:
+                        reader.seek(extent.offset_bytes)
+                        found = reader.read(extent.length_bytes)
+                        self.assertEqual(bytes(extent.length_bytes), found)
+                self.assertEqual(size, at)
+
+    def test_empty_file_has_no_extents(self) -> None:
+        os.truncate(self.path, 0)
+        with generic.file_reader(self.node, self.path) as reader:
+            self.assertEqual([], list(reader.extents()))
+
+    def test_file_cut_while_it_is_read_is_corrupt(self) -> None:
+        with generic.file_reader(self.node, self.path) as reader:
+            os.truncate(self.path, 10)
+            with self.assertRaises(errors.Corrupt):
+                reader.read()
+
+    def test_zero_clears_and_leaves_the_neighbours(self) -> None:
+        for number in 0, errno.EOPNOTSUPP, errno.EINVAL:
+            with self.subTest(number=number):
+                self.node.verb = 'punch' if number else ''
+                self.node.number = number
+                with open(self.path, 'r+b') as f:
+                    f.write(b'x' * SIZE)
+                with generic.file_writer(
+                    self.node, self.path, SIZE
+                ) as writer:
+                    writer.zero(3, 2 * MIB)
+                    writer.zero(SIZE, 0)
+                    writer.commit()
+                self.assertEqual(
+                    b'xxx' + bytes(2 * MIB) + b'x' * (2 * MIB - 3),
+                    self.bytes(),
+                )
+
+    def test_zero_that_fails_is_not_replaced_by_writing(self) -> None:
+        self.node.verb, self.node.number = 'punch', errno.EIO
+        with generic.file_writer(self.node, self.path, SIZE) as writer:
+            with self.assertRaises(errors.Unknown):
+                writer.zero(0, 10)
+            with self.assertRaises(errors.Unknown):
+                writer.commit()
+
+    def test_after_a_failed_write_or_sync_nothing_is_committed(self) -> None:
+        for verb, call in (
+            ('write', lambda w: w.write(b'x')),
+            ('sync', lambda w: w.commit()),
+        ):
+            with self.subTest(verb), generic.file_writer(
+                self.node, self.path, SIZE
+            ) as writer:
+                self.node.verb = verb
+                with self.assertRaises(errors.Unknown):
+                    call(writer)
+                self.node.verb = ''
+                with self.assertRaises(errors.Unknown):
+                    writer.commit()
+
+    def test_nothing_is_written_beyond_the_end(self) -> None:
+        with generic.file_writer(self.node, self.path, MIB) as writer:
+            writer.seek(MIB - 1)
+            for call in (
+                lambda: writer.write(b'xx'), lambda: writer.zero(MIB, 1),
+                lambda: writer.zero(-1, 1), lambda: writer.seek(-1),
+            ):
+                with self.assertRaises(errors.Invalid):
+                    call()
+        self.assertEqual(bytes(SIZE), self.bytes())
+
+    def test_file_too_short_to_fill_is_refused(self) -> None:
+        with self.assertRaises(errors.Invalid):
+            with generic.file_writer(self.node, self.path, SIZE + 1):
+                pass
+
+    def test_absent_file_is_not_found(self) -> None:
+        with self.assertRaises(errors.NotFound):
+            with generic.file_reader(self.node, f'{self.path}.none'):
+                pass
+        with self.assertRaises(errors.NotFound):
+            with generic.file_writer(self.node, f'{self.path}.none', 1):
+                pass
+
+
+if __name__ == '__main__':
+    unittest.main()
