@@ -33,9 +33,10 @@ class Page:
     encoding: str = ''
     body_headers: int = 0  # so many header lines more
     drops: list[int] = dataclasses.field(default_factory=list)
+    resets: bool = False  # a drop loses what was sent last
     stalls_after: int | None = None
     ignores_if_range: bool = False
-    after: Any = None  # called with the page after each answer
+    after: Any = None  # called with the page after it was sent
 
 
 class Web:
@@ -108,7 +109,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(page, page.status, b'')
         else:
             self._serve(page)
-        if page is not None and page.after is not None:
+        is_question = self.headers.get('Range') == 'bytes=0-0'
+        if page is not None and page.after is not None and not is_question:
             page.after(page)
 
     def _serve(self, page: Page) -> None:
@@ -166,7 +168,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._body(page, body[:stop], ends=False)
         if drop is None:
             self.web.ended.wait(30)
-        else:
+        elif page.resets:
             self._reset()
 
     def _body(self, page: Page, body: bytes, ends: bool = True) -> None:

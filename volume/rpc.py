@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import oslo_messaging as messaging
+from kombu.exceptions import KombuError
 from oslo_config import cfg
 from oslo_messaging import opts as messaging_opts
 from oslo_messaging._metrics import client as metrics
@@ -94,6 +95,7 @@ def register_opts(conf: cfg.ConfigOpts) -> None:
     """
     _register(conf)
     conf.set_default('transport_url', 'fake://')
+    conf.set_default('control_exchange', EXCHANGE)  # of notifications
 
 
 def is_remote(conf: cfg.ConfigOpts) -> bool:
@@ -468,6 +470,13 @@ class Remote:
         except messaging.MessageUndeliverable:
             raise errors.Unavailable(
                 f'{method} was not sent: no service listens on {to}'
+            ) from None
+        except KombuError as failed:
+            # oslo.messaging lets these out while it connects, never once it
+            # has begun to send.
+            raise errors.Unavailable(
+                f'{method} was not sent: the message broker cannot be used: '
+                f'{failed!s:.300}'
             ) from None
         except messaging.MessagingTimeout:
             raise errors.Unknown(

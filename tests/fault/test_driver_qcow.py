@@ -14,6 +14,7 @@ from volume.testing import repeat
 class Suite(repeat.DriverFaultSuite):
 
     image_format = ''
+    is_thorough = bool(os.environ.get('VOLUME_PROOF'))
 
     def setUp(self):
         self.state_dir = fixtures.state_dir(self)

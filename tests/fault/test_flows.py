@@ -134,3 +134,11 @@ class PlainFileFaults(FlowFaults, unittest.TestCase):
     def section(self) -> str:
         directory = fixtures.plain_directory(self)
         return f'driver = file\ndirectories = {directory}'
+
+
+class QcowFaults(FlowFaults, unittest.TestCase):
+    """The qcow driver, attached through the storage daemon."""
+
+    def section(self) -> str:
+        directory = fixtures.plain_directory(self)
+        return f'driver = qcow\ndirectories = {directory}'

@@ -54,6 +54,7 @@ class World:
                 '[DEFAULT]\n'
                 f'enabled_backends = {names}\nstate_path = {state}\n'
                 f'host = node-1\nroles = {roles}\n'
+                'stats_interval_s = 600\n'
                 f'image_allowed_directories = {self.images}\n'
                 f'image_upload_directories = {self.images}\n'
                 f'{settings}\n'
@@ -91,9 +92,12 @@ class World:
         version: str | None = '3.54',
         token: str | None = None,
         headers: dict[str, str] | None = None,
+        remote: str = '',
     ) -> Answer:
         """Send a request; a body that is no bytes goes as JSON."""
-        request = webob.Request.blank(path, method=method)
+        request = webob.Request.blank(
+            path, method=method, environ={'REMOTE_ADDR': remote}
+        )
         if version:
             request.headers['OpenStack-API-Version'] = f'volume {version}'
         if token:

@@ -287,7 +287,7 @@ class Surface(unittest.TestCase):
             for is_full in False, True:
                 with self.subTest(name, full=is_full):
                     method(CALLER, **arguments(method, is_full))
-                    how, context, version, sent, args = bus.sent.pop()
+                    _, context, version, sent, args = bus.sent.pop()
                     self.assertEqual(name, sent)
                     found.check(rpc.wire(args))
                     self.assertLessEqual(found.since, version)

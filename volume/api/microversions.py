@@ -14,7 +14,7 @@ MIN = 0
 MAX = 54
 UPDATED = '2018-11-29T00:00:00Z'
 
-_VERSION = re.compile(r'(\d{1,4})\.(\d{1,4})')
+_VERSION = re.compile(r'([1-9][0-9]{0,3})\.([1-9][0-9]{0,3}|0)')
 
 
 def negotiate(header: str | None) -> int:

@@ -111,13 +111,17 @@ class FileSource(Source):
             os.path.realpath(path), allowed, path, 'image_allowed_directories'
         )
         fd = self.node.act(f'open {os.path.basename(path)}', opening)
-        with io.FileIO(fd, 'rb') as opened:
+        try:
             self._check_under(
                 os.readlink(f'/proc/self/fd/{fd}'), allowed, path,
                 'image_allowed_directories',
             )
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise errors.Invalid(f'image {path} is not a regular file')
+        except BaseException:
+            os.close(fd)
+            raise
+        with io.FileIO(fd, 'rb') as opened:
             yield opened
 
     @contextlib.contextmanager

@@ -161,8 +161,7 @@ class HttpSource(Source):
                 return answer
             answer.wire.end()
             target = answer.response.getheader('Location') or ''
-            here = urllib.parse.urljoin(here, target[:8192])
-            following = _split(here)
+            here, following = _following(url, here, target)
             if (parts.scheme, following.scheme) == ('https', 'http'):
                 raise errors.Invalid(
                     f'image {masked(url)} is redirected from https to '
@@ -418,6 +417,21 @@ def _split(url: str) -> urllib.parse.SplitResult:
             f'image URL {masked(url)} is not http or https'
         )
     return parts
+
+
+def _following(
+    url: str, here: str, target: str
+) -> tuple[str, urllib.parse.SplitResult]:
+    """Return where a redirect leads."""
+    try:
+        there = urllib.parse.urljoin(here, target)
+    except ValueError:
+        there = ''
+    if not target or not there:
+        raise errors.Invalid(
+            f'image {masked(url)} is redirected, but not to a URL'
+        )
+    return there, _split(there)
 
 
 def _basic(parts: urllib.parse.SplitResult) -> str:

@@ -1,0 +1,741 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes from images and images from volumes, with real tools and servers.
+
+Every claim is about bytes: what a volume holds afterwards, to its last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+import subprocess
+import types
+import unittest
+from collections.abc import Callable
+from typing import Any
+
+from tests import images
+from tests.webserver import Web
+from volume import errors
+from volume import ids
+from volume import model
+from volume.drivers import base
+from volume.drivers.file import FileDriver
+from volume.flows import fill
+from volume.node import Node
+from volume.testing import faults
+from volume.testing import fixtures
+from volume.transfer import convert
+from volume.transfer import formats
+from volume.transfer.base import Source
+from volume.transfer.file import FileSource
+from volume.transfer.http import HttpSource
+
+SIZE = images.VIRTUAL
+SPARE = 3 * images.MIB
+
+
+def setUpModule() -> None:
+    inspectors = logging.getLogger('oslo_utils.imageutils.format_inspector')
+    unittest.addModuleCleanup(inspectors.setLevel, inspectors.level)
+    inspectors.setLevel(logging.CRITICAL)  # it tells of each refusal
+
+
+class Remote(base.Driver):
+    """A driver with its eight methods and nothing that QEMU could open."""
+
+    def __init__(self, conf: Any, node: Node) -> None:
+        self.inner = FileDriver(conf, node)
+        for name in ('check', 'pools', 'create', 'delete', 'inspect', 'scan',
+                     'reader', 'writer'):
+            setattr(self, name, getattr(self.inner, name))
+
+    check = pools = create = delete = inspect = scan = None  # type: ignore
+    reader = writer = None  # type: ignore
+
+
+class Case(unittest.TestCase):
+    """A pool, a place for images, a server, and both sources."""
+
+    def setUp(self) -> None:
+        if shutil.which('qemu-img') is None:
+            self.skipTest('qemu-img is not installed')
+        self.node = fixtures.make_node(self)
+        root = self.node.state_dir
+        self.pool, self.images, self.spool = (
+            os.path.join(root, name) for name in ('pool', 'images', 'spool')
+        )
+        os.mkdir(self.pool)
+        os.mkdir(self.images)
+        self.section = types.SimpleNamespace(directories=[self.pool])
+        self.settings = types.SimpleNamespace(
+            image_allowed_directories=[self.images],
+            image_upload_directories=[self.images],
+            image_allowed_networks=['127.0.0.0/8'],
+            image_http_timeout_s=10.0,
+            image_http_attempts=3,
+            image_redirects_max=3,
+            image_size_bytes_max=1 << 40,
+            image_ca_file='',
+        )
+        self.driver = self.make_driver(self.node)
+        self.file = FileSource(self.settings, self.node)
+        self.http = HttpSource(self.settings, self.node)
+        self.data = images.disk(SIZE)
+
+    def make_driver(
+        self, node: Node, kind: type[base.Driver] = FileDriver
+    ) -> base.Driver:
+        driver = kind(self.section, node)
+        driver.check()
+        return driver
+
+    def volume(
+        self, size: int = SIZE + SPARE, dirt: bytes = b''
+    ) -> model.Volume:
+        volume = model.Volume(ids.new(), 'pool', size)
+        self.driver.create(volume)
+        if dirt:
+            with open(self.path(volume), 'r+b') as f:
+                f.write(dirt * size)
+        return volume
+
+    def path(self, volume: model.Volume) -> str:
+        return os.path.join(self.pool, f'{volume.id}.raw')
+
+    def bytes_of(self, volume: model.Volume) -> bytes:
+        with open(self.path(volume), 'rb') as f:
+            return f.read()
+
+    def image(self, kind: str, name: str = '') -> str:
+        """Make a good image; return its path."""
+        path = os.path.join(self.images, name or f'i.{kind}')
+        return images.make(kind, path, self.data)
+
+    def fill(
+        self, volume: model.Volume, source: Source, url: str, **more: Any
+    ) -> fill.Filled:
+        ways = {
+            'spool_directory': self.spool, 'token': 'job.1',
+            'node': self.node, 'driver': self.driver, **more,
+        }
+        return fill.fill_from_image(
+            ways.pop('driver'), volume, source, url, **ways
+        )
+
+    def upload(
+        self, volume: model.Volume, name: str, image_format: str, **more: Any
+    ) -> Any:
+        ways = {
+            'spool_directory': self.spool, 'token': 'job.1',
+            'node': self.node, 'driver': self.driver, **more,
+        }
+        return fill.upload(
+            ways.pop('driver'), volume, self.file,
+            f'file://{self.images}/{name}', format=image_format, **ways,
+        )
+
+    def assert_filled(self, volume: model.Volume) -> None:
+        tail = bytes(volume.size_bytes - SIZE)
+        self.assertTrue(
+            self.bytes_of(volume) == self.data + tail, 'other bytes'
+        )
+        self.assert_no_spool()
+
+    def assert_no_spool(self) -> None:
+        if os.path.exists(self.spool):
+            self.assertEqual([], os.listdir(self.spool))
+
+    def both(self, path: str) -> list[tuple[Source, str]]:
+        """Return an image as both sources have it."""
+        with open(path, 'rb') as f:
+            data = f.read()
+        name = '/' + os.path.basename(path)
+        return [(self.file, f'file://{path}'),
+                (self.http, self.web.put(name, data))]
+
+    @property
+    def web(self) -> Web:
+        if not hasattr(self, '_web'):
+            self._web = Web(self)
+        return self._web
+
+
+class Filling(Case):
+    def test_every_format_by_both_ways_fills_the_same_bytes(self) -> None:
+        for kind in images.GOOD:
+            declared = kind.split('-')[0]
+            for source, url in self.both(self.image(kind)):
+                for given in (None, declared):
+                    if kind == 'vhd-fixed' and given is None:
+                        continue
+                    volume = self.volume()
+                    with self.subTest(kind, url=url, declared=given):
+                        filled = self.fill(
+                            volume, source, url, declared_format=given,
+                            fresh=True,
+                        )
+                        self.assertEqual(declared, filled.format)
+                        self.assertEqual(SIZE, filled.virtual_size_bytes)
+                        self.assert_filled(volume)
+                    self.driver.delete(volume)
+
+    def test_a_driver_that_qemu_cannot_open_is_filled_as_well(self) -> None:
+        remote = self.make_driver(self.node, Remote)
+        for kind in images.GOOD:
+            for source, url in self.both(self.image(kind)):
+                volume = self.volume(dirt=b'\xee')
+                with self.subTest(kind, url=url):
+                    self.fill(
+                        volume, source, url, driver=remote,
+                        declared_format=kind.split('-')[0],
+                    )
+                    self.assert_filled(volume)
+                self.driver.delete(volume)
+
+    def test_nothing_old_stays_in_a_volume_that_was_half_filled(self) -> None:
+        digest = 'sha256:' + hashlib.sha256(self.data).hexdigest()
+        for kind in ('raw', 'qcow2', 'vhd', 'vmdk'):
+            for source, url in self.both(self.image(kind)):
+                volume = self.volume(dirt=b'\xee')
+                with self.subTest(kind, url=url):
+                    self.fill(
+                        volume, source, url,
+                        checksum=digest if kind == 'raw' else None,
+                    )
+                    self.assert_filled(volume)
+                self.driver.delete(volume)
+
+    def test_an_image_of_the_volume_s_very_size_fits(self) -> None:
+        for kind in ('raw', 'qcow2'):
+            for source, url in self.both(self.image(kind)):
+                volume = self.volume(SIZE)
+                self.fill(volume, source, url)
+                self.assert_filled(volume)
+
+    def test_a_raw_image_of_odd_size_is_padded_with_zeros(self) -> None:
+        path = os.path.join(self.images, 'odd')
+        data = self.data[-5_000_001:]
+        images.make('raw', path, data)
+        digest = hashlib.md5(data).hexdigest()
+        for source, url in self.both(path):
+            for checksum in (None, digest):
+                volume = self.volume(dirt=b'\xee')
+                self.fill(volume, source, url, checksum=checksum)
+                self.assertTrue(
+                    self.bytes_of(volume)
+                    == data + bytes(SIZE + SPARE - len(data))
+                )
+
+    def test_a_filled_volume_is_sparse(self) -> None:
+        self.data = bytes(SIZE - images.MIB) + self.data[-images.MIB:]
+        for kind in ('raw', 'qcow2', 'vhd', 'vmdk'):
+            for source, url in self.both(self.image(kind)):
+                volume = self.volume()
+                self.fill(volume, source, url, fresh=True)
+                self.assert_filled(volume)
+                stored = os.stat(self.path(volume)).st_blocks * 512
+                with self.subTest(kind, url=url):
+                    self.assertLessEqual(stored, 2 * images.MIB)
+
+    def test_names_that_mean_something_to_qemu_mean_nothing(self) -> None:
+        for name in ('json:{"driver":"null-co"}', 'a,b=c', 'nbd:x', '-n',
+                     'a b\u00e9%41', "'", '#'):
+            path = os.path.join(self.images, name)
+            shutil.copy(self.image('qcow2'), path)
+            volume = self.volume()
+            url = 'file://' + self.images + '/' + ''.join(
+                f'%{byte:02x}' for byte in name.encode()
+            )
+            with self.subTest(name):
+                self.fill(volume, self.file, url)
+                self.assert_filled(volume)
+            self.driver.delete(volume)
+
+    def test_a_download_that_breaks_fills_the_same_bytes(self) -> None:
+        for kind in ('raw', 'qcow2'):
+            with open(self.image(kind), 'rb') as f:
+                data = f.read()
+            url = self.web.put('/i', data, drops=[9, 9, 700_000, 2_000_000])
+            volume = self.volume()
+            with self.subTest(kind):
+                self.fill(volume, self.http, url)
+                self.assert_filled(volume)
+                self.assertIn('If-Range', self.web.log[-1][1])
+
+    def test_a_raw_stream_is_not_stored_twice(self) -> None:
+        url = self.web.put('/i', self.data)
+        self.fill(self.volume(), self.http, url)
+        self.assertFalse(os.path.exists(self.spool))
+
+    def test_progress_goes_from_nothing_to_all(self) -> None:
+        digest = {
+            kind: hashlib.sha256(self.read(self.image(kind))).hexdigest()
+            for kind in ('raw', 'qcow2')
+        }
+        for kind in ('raw', 'qcow2'):
+            for source, url in self.both(self.image(kind)):
+                for checksum in (None, digest[kind]):
+                    seen: list[tuple[int, int]] = []
+                    self.fill(
+                        self.volume(), source, url, checksum=checksum,
+                        watch=lambda *done, to=seen: to.append(done),
+                    )
+                    with self.subTest(kind, url=url, checksum=checksum):
+                        done = [d for d, _ in seen]
+                        self.assertEqual(sorted(done), done)
+                        self.assertEqual(1, len({t for _, t in seen}))
+                        self.assertEqual(seen[-1][0], seen[-1][1])
+
+    def read(self, path: str) -> bytes:
+        with open(path, 'rb') as f:
+            return f.read()
+
+
+class Refusing(Case):
+    def assert_refused(
+        self, kind: type[errors.VolumeError], words: str,
+        act: Callable[[model.Volume], object],
+    ) -> None:
+        """The volume keeps its bytes, or at least it is no success."""
+        volume = self.volume(dirt=b'\xee')
+        before = self.bytes_of(volume)
+        with self.assertRaisesRegex(kind, words):
+            act(volume)
+        self.assertTrue(before == self.bytes_of(volume), 'bytes were stored')
+        self.assert_no_spool()
+        self.driver.delete(volume)
+
+    def test_no_hostile_image_is_stored_by_any_way(self) -> None:
+        for name, (declared, make, _) in images.HOSTILE.items():
+            path = os.path.join(self.images, 'hostile')
+            images.make('raw', path, make())
+            for source, url in self.both(path):
+                with self.subTest(name, url=url):
+                    self.assert_refused(
+                        errors.Invalid, '',
+                        lambda v, s=source, u=url, d=declared: self.fill(
+                            v, s, u, declared_format=d),
+                    )
+
+    def test_a_server_without_ranges_gets_no_hostile_image_in(self) -> None:
+        for name, (declared, make, _) in images.HOSTILE.items():
+            url = self.web.put('/i', make(), ranges=False)
+            with self.subTest(name):
+                self.assert_refused(
+                    errors.Invalid, '',
+                    lambda v, u=url, d=declared: self.fill(
+                        v, self.http, u, declared_format=d),
+                )
+
+    def test_an_image_larger_than_the_volume_is_refused_first(self) -> None:
+        for kind in ('raw', 'qcow2', 'vhd', 'vmdk'):
+            for source, url in self.both(self.image(kind)):
+                volume = self.volume(SIZE - 512, dirt=b'\xee')
+                asked = len(self.web.log)
+                with self.subTest(kind, url=url):
+                    with self.assertRaisesRegex(errors.Invalid, '1 GiB'):
+                        self.fill(volume, source, url)
+                    self.assertTrue(
+                        self.bytes_of(volume) == b'\xee' * (SIZE - 512))
+                    self.assertLessEqual(len(self.web.log) - asked, 3)
+                    self.assertFalse(os.path.exists(self.spool))
+
+    def test_a_bomb_is_refused_by_the_size_it_promises(self) -> None:
+        path = os.path.join(self.images, 'bomb')
+        subprocess.run(
+            ['qemu-img', 'create', '-q', '-f', 'qcow2', path, '1T'],
+            check=True, timeout=60)
+        self.assert_refused(
+            errors.Invalid, '1024 GiB',
+            lambda v: self.fill(v, self.file, f'file://{path}'))
+
+    def test_an_image_that_was_cut_off_is_refused(self) -> None:
+        for kind in ('qcow2', 'qcow2-small', 'vhd', 'vmdk', 'vmdk-stream'):
+            path = self.image(kind)
+            os.truncate(path, os.path.getsize(path) * 3 // 4)
+            for source, url in self.both(path):
+                with self.subTest(kind, url=url):
+                    self.assert_refused(
+                        errors.Invalid, '',
+                        lambda v, s=source, u=url: self.fill(v, s, u))
+
+    def test_a_wrong_checksum_is_no_success(self) -> None:
+        wrong = 'sha256:' + '0' * 64
+        path = self.image('qcow2')
+        for source, url in self.both(path):
+            self.assert_refused(
+                errors.Invalid, 'is not what was asked for',
+                lambda v, s=source, u=url: self.fill(v, s, u, checksum=wrong))
+        for source, url in self.both(self.image('raw')):
+            with self.assertRaisesRegex(errors.Invalid, 'sha256 is'):
+                self.fill(self.volume(), source, url, checksum=wrong)
+
+    def test_a_right_checksum_is_a_success(self) -> None:
+        for kind in ('raw', 'qcow2'):
+            path = self.image(kind)
+            with open(path, 'rb') as f:
+                digest = hashlib.file_digest(f, 'sha512').hexdigest()
+            for source, url in self.both(path):
+                volume = self.volume()
+                self.fill(volume, source, url, checksum=f'sha512:{digest}')
+                self.assert_filled(volume)
+
+    def test_a_server_that_first_shows_another_image_is_caught(self) -> None:
+        shown, hidden = bytes(SIZE), images.qcow2(backing=images.PASSWD)
+        hidden = hidden.ljust(SIZE, b'\0')
+        self.web.put('/i', shown, etag=None)
+        asked = itertools.count(1)
+
+        def switch(page: Any) -> None:
+            # The head, the rest, and then the image itself.
+            if next(asked) == 1:
+                page.data = hidden
+
+        self.web.pages['/i'].after = switch
+        self.assert_refused(
+            errors.Invalid, 'its bytes are qcow2',
+            lambda v: self.fill(v, self.http, self.web.base + '/i'))
+
+    def test_a_fixed_vhd_that_passes_for_raw_is_caught_at_its_end(
+        self,
+    ) -> None:
+        data = images.vhd_fixed(self.data)
+        url = self.web.put('/i', data, ranges=False)
+        volume = self.volume()
+        with self.assertRaisesRegex(errors.Invalid, 'declare it vhd'):
+            self.fill(volume, self.http, url)
+        self.fill(volume, self.http, url, declared_format='vhd')
+        self.assert_filled(volume)
+
+    def test_an_image_of_unknown_size_is_refused(self) -> None:
+        url = self.web.put('/i', self.data, ranges=False, chunked=True)
+        self.assert_refused(
+            errors.Invalid, 'how large',
+            lambda v: self.fill(v, self.http, url))
+
+    def test_a_file_that_changes_meanwhile_is_a_conflict(self) -> None:
+        path = self.image('raw')
+        digest = hashlib.sha256(self.data).hexdigest()
+
+        def watch(done: int, total: int) -> None:
+            os.utime(path, ns=(done, done))
+
+        for kind in ('raw', 'qcow2'):
+            path = self.image(kind)
+            with self.subTest(kind), self.assertRaises(errors.VolumeError) as e:
+                self.fill(
+                    self.volume(), self.file, f'file://{path}', watch=watch,
+                    checksum=digest if kind == 'raw' else None,
+                )
+            self.assertIsInstance(e.exception, errors.Conflict)
+
+    def test_what_was_inspected_is_what_is_converted(self) -> None:
+        path = self.image('qcow2')
+        with open(path, 'rb') as f:
+            digest = hashlib.file_digest(f, 'sha256').hexdigest()
+        other = os.path.join(self.images, 'other')
+        images.make('raw', other, images.qcow2(backing=images.PASSWD))
+
+        def swap(done: int, total: int) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(other, path)
+
+        volume = self.volume()
+        with self.assertRaises(errors.Conflict):
+            self.fill(volume, self.file, f'file://{path}', watch=swap,
+                      checksum=digest)
+        # The name had changed before qemu-img began.
+        self.assert_filled(volume)
+
+    def test_no_error_tells_a_secret_of_the_url(self) -> None:
+        self.web.put('/i', images.qcow2(backing=images.PASSWD))
+        url = self.web.base.replace('//', '//u:hunter2@') + '/i?k=hunter2'
+        with self.assertRaises(errors.Invalid) as e:
+            self.fill(self.volume(), self.http, url)
+        self.assertNotIn('hunter2', str(e.exception))
+
+
+class Stopping(Case):
+    def test_a_cancelled_fill_leaves_nothing_behind(self) -> None:
+        for kind in ('raw', 'qcow2'):
+            path = self.image(kind)
+            for source, url in self.both(path):
+                total: list[int] = []
+                self.fill(
+                    self.volume(), source, url,
+                    watch=lambda _, all_, to=total: to.append(all_))
+                for part in (0.0, 0.3, 0.9):
+
+                    def watch(
+                        done: int, all_: int, least: float = part
+                    ) -> None:
+                        if done >= all_ * least:
+                            raise errors.Cancelled('enough')
+
+                    with (
+                        self.subTest(kind, url=url, part=part),
+                        self.assertRaises(errors.Cancelled),
+                    ):
+                        self.fill(self.volume(), source, url, watch=watch)
+                    self.assert_no_spool()
+
+    def test_a_stalled_download_is_cancelled_at_once(self) -> None:
+        for kind in ('raw', 'qcow2'):
+            with open(self.image(kind), 'rb') as f:
+                data = f.read()
+            url = self.web.put('/i', data)
+
+            def stall(page: Any) -> None:
+                page.stalls_after = 2_500_000
+
+            self.web.pages['/i'].after = stall
+
+            def watch(done: int, total: int) -> None:
+                if done >= images.MIB:
+                    raise errors.Cancelled('enough')
+
+            with self.subTest(kind), self.assertRaises(errors.Cancelled):
+                self.fill(self.volume(), self.http, url, watch=watch)
+
+    def test_a_rate_bounds_every_way(self) -> None:
+        # qemu-img counts in slices of 100 ms, and starts with one for free.
+        for kind in ('raw', 'qcow2'):
+            for source, url in self.both(self.image(kind)):
+                seen: list[int] = []
+                self.fill(
+                    self.volume(), source, url, rate_bytes_per_s=8 << 20,
+                    watch=lambda done, _, to=seen: to.append(done))
+                with self.subTest(kind, url=url):
+                    between = [d for d in seen if 0 < d < max(seen)]
+                    self.assertTrue(between, seen)
+
+    def test_a_convert_beyond_its_space_is_ended(self) -> None:
+        source = convert.image_node(self.image('raw'), 'raw')
+        target = os.path.join(self.pool, 'small')
+        with open(target, 'wb') as f:
+            f.truncate(SIZE)
+        node = {'driver': 'file', 'filename': target}
+        with self.assertRaisesRegex(errors.NoSpace, 'grew beyond'):
+            convert.convert(
+                self.node, source, node, SIZE, file_bytes=images.MIB)
+
+    def test_a_convert_without_progress_is_ended(self) -> None:
+        source = convert.image_node(self.image('raw'), 'raw')
+        target = os.path.join(self.pool, 'slow')
+        with open(target, 'wb') as f:
+            f.truncate(SIZE)
+        node = {'driver': 'file', 'filename': target}
+        with self.assertRaisesRegex(errors.Unavailable, 'no progress'):
+            convert.convert(
+                self.node, source, node, SIZE, rate_bytes_per_s=1000,
+                stall_s=0.5)
+
+
+class Copying(Case):
+    def test_a_volume_is_copied_into_a_larger_one_that_was_used(self) -> None:
+        source = self.volume(SIZE)
+        with open(self.path(source), 'r+b') as f:
+            f.write(self.data)
+        remote = self.make_driver(self.node, Remote)
+        for a, b in itertools.product((self.driver, remote), repeat=2):
+            for fresh in (False, True):
+                target = self.volume(dirt=b'' if fresh else b'\xee')
+                with self.subTest(type(a).__name__ + type(b).__name__):
+                    fill.copy_volume(
+                        a, source, b, target, node=self.node, fresh=fresh)
+                    self.assert_filled(target)
+
+    def test_a_copy_into_a_smaller_volume_is_refused(self) -> None:
+        with self.assertRaisesRegex(errors.Invalid, 'GiB or more'):
+            fill.copy_volume(
+                self.driver, self.volume(SIZE), self.driver,
+                self.volume(SIZE - 512), node=self.node)
+
+
+class Uploading(Case):
+    def setUp(self) -> None:
+        super().setUp()
+        self.source = self.volume(SIZE)
+        with open(self.path(self.source), 'r+b') as f:
+            f.write(self.data)
+
+    def assert_image(self, name: str, image_format: str, made: Any) -> None:
+        path = os.path.join(self.images, name)
+        with open(path, 'rb') as f:
+            self.assertEqual(
+                hashlib.file_digest(f, 'sha256').hexdigest(), made['sha256'])
+        self.assertEqual(os.path.getsize(path), made['size_bytes'])
+        info = formats.inspect(path, image_format)
+        self.assertEqual(SIZE, info.virtual_size_bytes)
+        volume = self.volume(SIZE)
+        self.fill(volume, self.file, f'file://{path}')
+        self.assert_filled(volume)
+        self.assertEqual(
+            [], [n for n in os.listdir(self.images) if 'draft' in n])
+
+    def test_each_format_holds_the_volume_and_comes_back(self) -> None:
+        for image_format in formats.FORMATS:
+            for kind in (FileDriver, Remote):
+                driver = self.make_driver(self.node, kind)
+                name = f'{kind.__name__}.{image_format}'
+                with self.subTest(name):
+                    made = self.upload(
+                        self.source, name, image_format, driver=driver)
+                    self.assert_image(name, image_format, made)
+
+    def test_a_vmdk_names_itself(self) -> None:
+        self.upload(self.source, 'my.vmdk', 'vmdk')
+        with open(f'{self.images}/my.vmdk', 'rb') as f:
+            self.assertIn(b'RW 16384 SPARSE "my.vmdk"\n', f.read(4096))
+
+    def test_an_upload_repeated_is_the_same_image(self) -> None:
+        for image_format in formats.FORMATS:
+            made = self.upload(self.source, f'i.{image_format}', image_format)
+            again = self.upload(self.source, f'i.{image_format}', image_format)
+            self.assertEqual(made, again)
+
+    def test_another_image_is_never_replaced(self) -> None:
+        for image_format in formats.FORMATS:
+            name = f'i.{image_format}'
+            images.make(image_format, f'{self.images}/{name}',
+                        self.data[:-1] + b'\0')
+            with open(f'{self.images}/{name}', 'rb') as f:
+                before = f.read()
+            with self.subTest(name), self.assertRaises(errors.Conflict):
+                self.upload(self.source, name, image_format)
+            with open(f'{self.images}/{name}', 'rb') as f:
+                self.assertEqual(before, f.read())
+
+    def test_a_guest_s_header_is_uploaded_as_bytes(self) -> None:
+        head = images.qcow2(backing=images.PASSWD)
+        with open(self.path(self.source), 'r+b') as f:
+            f.write(head)
+        self.data = head + self.data[len(head):]
+        for image_format in ('raw', 'qcow2'):
+            name = f'g.{image_format}'
+            self.upload(self.source, name, image_format)
+            out = subprocess.run(
+                ['qemu-img', 'compare', '-f', image_format, '-F', 'raw',
+                 f'{self.images}/{name}', self.path(self.source)],
+                stdout=subprocess.DEVNULL, timeout=60)
+            self.assertEqual(0, out.returncode)
+
+    def test_a_cancelled_upload_leaves_no_image(self) -> None:
+        def watch(done: int, total: int) -> None:
+            raise errors.Cancelled('enough')
+
+        for image_format in formats.FORMATS:
+            with self.assertRaises(errors.Cancelled):
+                self.upload(self.source, 'i', image_format, watch=watch)
+            self.assertEqual([], os.listdir(self.images))
+
+    def test_an_attached_volume_is_uploaded_as_its_host_sees_it(self) -> None:
+        if shutil.which('qemu-storage-daemon') is None:
+            self.skipTest('qemu-storage-daemon is not installed')
+        fixtures.serve_blocks(self, self.node)
+        blockd = self.node.blockd
+        assert blockd is not None
+        blockd.ensure()
+        driver = self.make_driver(self.node)
+        assert isinstance(driver, FileDriver)
+        uri = blockd.export('host', driver.blocknode(self.source), True)
+        subprocess.run(
+            ['qemu-io', '-f', 'raw', '-c', 'write -P 0x5a 1M 64k', uri],
+            check=True, stdout=subprocess.DEVNULL, timeout=60)
+        self.data = (self.data[:images.MIB] + b'\x5a' * 65536
+                     + self.data[images.MIB + 65536:])
+        for image_format in formats.FORMATS:
+            name = f'a.{image_format}'
+            with self.subTest(name):
+                made = self.upload(
+                    self.source, name, image_format, driver=driver)
+                self.assert_image(name, image_format, made)
+        self.assertEqual({'host'}, set(blockd.exports()))
+
+
+class Faults(Case):
+    """Whatever goes wrong at whichever act, the next try is right."""
+
+    def runs(
+        self, work: Callable[[Node, base.Driver], object],
+        prove: Callable[[], object],
+    ) -> int:
+        count = 0
+        for nth in itertools.count(1):
+            fired = False
+            for fault in faults.every(nth):
+                node = faults.FaultyNode(self.node.state_dir, None)
+                driver = self.make_driver(node)
+                node.arm(fault)
+                with (
+                    self.subTest(fault),
+                    contextlib.suppress(faults.Crash, errors.VolumeError),
+                ):
+                    work(node, driver)
+                fired |= node.fired
+                with self.subTest(fault):
+                    work(self.node, self.driver)
+                    prove()
+                count += 1
+            if not fired:
+                return count
+        return count
+
+    def test_a_fill_that_failed_anywhere_is_right_the_next_time(self) -> None:
+        self.data = images.disk(images.MIB)
+        for kind, is_file in (
+            ('raw', True), ('raw', False), ('qcow2', True), ('qcow2', False),
+        ):
+            path = self.image(kind)
+            source, url = self.both(path)[0 if is_file else 1]
+            volume = self.volume(2 * images.MIB, dirt=b'\xee')
+
+            def work(
+                node: Node, driver: base.Driver, v: model.Volume = volume,
+                s: Source = source, u: str = url,
+            ) -> None:
+                self.fill(
+                    v, type(s)(self.settings, node), u,  # type: ignore
+                    node=node, driver=driver)
+
+            def prove(v: model.Volume = volume) -> None:
+                expected = self.data + bytes(images.MIB)
+                self.assertTrue(self.bytes_of(v) == expected)
+                self.assert_no_spool()
+
+            with self.subTest(kind, url=url):
+                self.assertGreater(self.runs(work, prove), 20)
+
+    def test_an_upload_that_failed_anywhere_is_there_once(self) -> None:
+        self.data = images.disk(images.MIB)
+        volume = self.volume(images.MIB)
+        with open(self.path(volume), 'r+b') as f:
+            f.write(self.data)
+        for image_format in ('raw', 'qcow2'):
+
+            def work(
+                node: Node, driver: base.Driver, f: str = image_format
+            ) -> None:
+                fill.upload(
+                    driver, volume, FileSource(self.settings, node),
+                    f'file://{self.images}/up', format=f, node=node,
+                    spool_directory=self.spool, token='job.1')
+
+            def prove(f: str = image_format) -> None:
+                path = f'{self.images}/up'
+                self.assertEqual(['up'], os.listdir(self.images))
+                info = formats.inspect(path, f)
+                self.assertEqual(images.MIB, info.virtual_size_bytes)
+                target = self.volume(images.MIB)
+                self.fill(target, self.file, f'file://{path}')
+                self.assertTrue(self.bytes_of(target) == self.data)
+                self.driver.delete(target)
+                os.unlink(path)
+
+            with self.subTest(image_format):
+                self.assertGreater(self.runs(work, prove), 20)

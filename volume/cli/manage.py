@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``volume-manage``: what an operator does on the service's own node.
+
+It opens the database and the backends itself, so it also works while the
+service is down; whatever changes storage asks for the service to be down,
+or goes through the same leases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy
+from oslo_config import cfg
+from sqlalchemy import func
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from volume import backends
+from volume import conf as options
+from volume import errors
+from volume import locks
+from volume import logs
+from volume.blockd import Blockd
+from volume.db import migrate
+from volume.db import models
+from volume.db.engine import Database
+from volume.drivers import base
+from volume.flows import reconcile
+from volume.node import Node
+
+Args = argparse.Namespace
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 is done, 1 refused or found something, 2 usage."""
+    args = _parser().parse_args(argv)
+    os.umask(0o077)
+    logs.set_up('WARNING')
+    logging.getLogger('volume').setLevel(logging.CRITICAL)
+    try:
+        return int(args.run(args))
+    except errors.VolumeError as wrong:
+        print(f'volume-manage: {wrong}', file=sys.stderr)
+    except (cfg.Error, sqlalchemy.exc.SQLAlchemyError) as wrong:
+        print(f'volume-manage: {wrong!s:.500}', file=sys.stderr)
+    return 1
+
+
+def db_command(args: Args) -> int:
+    """Upgrade, downgrade or copy the database, or say its version."""
+    conf = _conf(args)
+    db = Database(options.database_url(conf))
+    if args.action == 'version':
+        print(f'database {migrate.current(db)}, release {migrate.newest()}')
+        return 0
+    if args.action == 'backup':
+        return _backup(db, args.target)
+    with _service_down(conf):
+        if args.action == 'upgrade':
+            migrate.upgrade(db, args.version or 'head')
+        else:
+            if not args.version:
+                raise errors.Invalid('downgrade needs --to VERSION')
+            migrate.downgrade(db, args.version)
+    print(f'database {migrate.current(db)}')
+    return 0
+
+
+def drivers_command(args: Args) -> int:
+    """List the installed drivers and what each can do."""
+    rows = []
+    for name, cls in sorted(options.plugins('volume.drivers').items()):
+        rows.append({
+            'driver': name,
+            'features': ' '.join(sorted(base.features(cls))),
+            'options': ' '.join(option.name for option in cls.options),
+        })
+    _show(rows, args)
+    return 0
+
+
+def check_command(args: Args) -> int:
+    """Check every backend's configuration; change nothing."""
+    conf = _conf(args)
+    rows, is_bad = [], False
+    for name, backend in _load(conf).items():
+        backend.check()
+        is_bad |= not backend.is_up
+        rows.append({
+            'backend': name,
+            'state': 'up' if backend.is_up else 'down',
+            'reason': backend.reason,
+            'pools': ' '.join(sorted(backend.pools)),
+        })
+    if not rows:
+        raise errors.Invalid('enabled_backends is empty: there is nothing')
+    _show(rows, args)
+    return 1 if is_bad else 0
+
+
+def reconcile_command(args: Args) -> int:
+    """Compare rows, storage and exports; mend what was asked for."""
+    conf = _conf(args)
+    db = Database(options.database_url(conf))
+    migrate.require(db)
+    table = _load(conf)
+    for backend in table.values():
+        backend.check()
+    with contextlib.ExitStack() as stack:
+        if not args.dry_run:
+            stack.enter_context(_service_down(conf))
+        findings = reconcile.look(db, table)
+        mended = [] if args.dry_run else reconcile.mend(
+            db, table, findings, adopt=args.adopt,
+            delete_orphans=args.delete_orphans,
+        )
+    rows = [
+        {
+            'kind': finding.kind, 'what': finding.what,
+            'detail': finding.detail,
+            'remedy': 'done' if finding in mended else finding.remedy,
+        }
+        for finding in findings
+    ]
+    if rows or args.format == 'json':
+        _show(rows, args)
+    else:
+        print('nothing differs')
+    left = [finding for finding in findings if finding not in mended]
+    return 1 if left else 0
+
+
+def jobs_command(args: Args) -> int:
+    """List open jobs, oldest first; with --all the ended ones too."""
+    db = Database(options.database_url(_conf(args)))
+    migrate.require(db)
+    query = select(models.Job).order_by(models.Job.created_at).limit(1000)
+    if not args.all:
+        query = query.where(models.Job.state == 'open')
+    now = time.time()
+    _show([
+        {
+            'job': row.id, 'kind': row.kind, 'state': row.state,
+            'direction': row.direction, 'step': row.step,
+            'volume': row.volume_id or '', 'backend': row.backend,
+            'age_s': round(now - row.created_at, 1),
+            'held_by': row.owner_host if row.expires_at > now else '',
+            'error': row.error,
+        }
+        for row in db.read(lambda s: list(s.scalars(query)))
+    ], args)
+    return 0
+
+
+def status_command(args: Args) -> int:
+    """Show what is going on: services, backends, pools, jobs."""
+    db = Database(options.database_url(_conf(args)))
+    migrate.require(db)
+    now = time.time()
+
+    def read(session: Session) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for service in session.scalars(select(models.Service)):
+            rows.append({
+                'what': f'service {service.host}',
+                'state': f'heard {now - service.heard_at:.0f} s ago'
+                         + (', fenced' if service.is_fenced else ''),
+                'detail': ' '.join(service.roles),
+            })
+        for backend in session.scalars(select(models.Backend)):
+            rows.append({
+                'what': f'backend {backend.name}',
+                'state': 'up' if backend.is_up else 'down',
+                'detail': backend.reason,
+            })
+        for pool in session.scalars(select(models.Pool)):
+            rows.append({
+                'what': f'pool {pool.backend}#{pool.name}',
+                'state': 'up' if pool.is_up else 'down',
+                'detail': f'{pool.claimed_bytes} of {pool.limit_bytes} bytes '
+                          f'claimed, {pool.free_bytes} free',
+            })
+        count, oldest = session.execute(
+            select(func.count(), func.min(models.Job.created_at))
+            .where(models.Job.state == 'open')
+        ).one()
+        rows.append({
+            'what': 'jobs', 'state': f'{count} open',
+            'detail': f'oldest {now - oldest:.0f} s' if oldest else '',
+        })
+        return rows
+
+    _show(db.read(read), args)
+    return 0
+
+
+def node_command(args: Args) -> int:
+    """Let another node's jobs be taken over: its operator swears it is dead.
+
+    A lease fences rows; nothing here can prove that a silent node does not
+    still write to shared storage.
+    """
+    db = Database(options.database_url(_conf(args)))
+    migrate.require(db)
+
+    def fence(session: Session) -> bool:
+        row = session.get(models.Service, args.node)
+        if row is None:
+            return False
+        if time.time() - row.heard_at < 30 and args.action == 'fence':
+            raise errors.Busy(
+                f'node {args.node} was heard of less than 30 s ago; stop it '
+                'first'
+            )
+        row.is_fenced = args.action == 'fence'
+        return True
+
+    if not db.write(fence):
+        raise errors.NotFound(f'there is no node {args.node}')
+    print(f'node {args.node}: {args.action}d')
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='volume-manage',
+        description='Look after the volume service on its own node.',
+    )
+    parser.add_argument(
+        '--config-file', action='append', metavar='FILE',
+        help='configuration file (default: /etc/volume/volume.conf)',
+    )
+    parser.add_argument(
+        '--state-path', metavar='DIR', help='overrides the option state_path'
+    )
+    parser.add_argument(
+        '--format', choices=['table', 'json'], default='table',
+        help='how results are printed',
+    )
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+    def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=help, description=run.__doc__
+        )
+        command.set_defaults(run=run)
+        return command
+
+    db = add('db', db_command, 'upgrade, downgrade, version, backup')
+    db.add_argument(
+        'action', choices=['upgrade', 'downgrade', 'version', 'backup']
+    )
+    db.add_argument('--to', dest='version', metavar='VERSION')
+    db.add_argument('--target', metavar='FILE', help='file of the backup')
+    add('drivers', drivers_command, 'list the installed drivers')
+    add('check', check_command, 'check the backends\' configuration')
+    compare = add(
+        'reconcile', reconcile_command, 'compare rows, storage and exports'
+    )
+    compare.add_argument(
+        '--dry-run', action='store_true',
+        help='only say what differs; the service may run meanwhile',
+    )
+    compare.add_argument(
+        '--adopt', action='store_true',
+        help='make rows again for volumes that have lost theirs',
+    )
+    compare.add_argument(
+        '--delete-orphans', action='store_true',
+        help='remove stored volumes that have no row: their bytes are gone',
+    )
+    jobs = add('jobs', jobs_command, 'list open jobs')
+    jobs.add_argument('--all', action='store_true', help='ended ones too')
+    add('status', status_command, 'show what is going on')
+    node = add('node', node_command, 'fence a dead node')
+    node.add_argument('action', choices=['fence', 'unfence'])
+    node.add_argument('node')
+    return parser
+
+
+def _conf(args: Args) -> cfg.ConfigOpts:
+    argv = ['--state_path', args.state_path] if args.state_path else []
+    return options.load(argv, args.config_file)
+
+
+def _load(conf: cfg.ConfigOpts) -> dict[str, backends.Backend]:
+    state = os.path.abspath(conf.state_path)
+    node = Node(state)
+    node.blockd = Blockd(
+        node, os.path.join(state, 'blockd'), tcp=conf.nbd_listen or None
+    )
+    return backends.load(conf, node)
+
+
+@contextlib.contextmanager
+def _service_down(conf: cfg.ConfigOpts) -> Iterator[None]:
+    """Hold the state directory, so that the service cannot run meanwhile."""
+    state = os.path.abspath(conf.state_path)
+    os.makedirs(state, 0o700, exist_ok=True)
+    with locks.alone(
+        os.path.join(state, 'service.lock'), f'state_path {state}'
+    ):
+        yield
+
+
+def _backup(db: Database, target: str | None) -> int:
+    """Copy an SQLite database while it is in use."""
+    if not target:
+        raise errors.Invalid('backup needs --target FILE')
+    if not db.is_sqlite:
+        raise errors.Unsupported(
+            'only SQLite is copied by this command; use pg_dump or '
+            'mariadb-dump'
+        )
+    if os.path.exists(target):
+        raise errors.Conflict(f'{target} exists already')
+    source = sqlite3.connect(sqlalchemy.make_url(db.url).database or '')
+    with contextlib.closing(source):
+        with contextlib.closing(sqlite3.connect(target)) as copy:
+            source.backup(copy)
+    print(f'{target}: {os.path.getsize(target)} bytes')
+    return 0
+
+
+def _show(rows: list[dict[str, Any]], args: Args) -> None:
+    if args.format == 'json':
+        print(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        print('none')
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, soft_wrap=False).print(table)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
