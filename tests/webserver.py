@@ -36,7 +36,8 @@ class Page:
     resets: bool = False  # a drop loses what was sent last
     stalls_after: int | None = None
     ignores_if_range: bool = False
-    after: Any = None  # called with the page after it was sent
+    before: Any = None  # called with the page and how often it was sent
+    sent: int = 0  # not counting questions for one byte
 
 
 class Web:
@@ -101,6 +102,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.split('?')[0]
         self.web.log.append((self.path, dict(self.headers.items())))
         page = self.web.pages.get(path)
+        is_question = self.headers.get('Range') == 'bytes=0-0'
+        if page is not None and not is_question:
+            if page.before is not None:
+                page.before(page, page.sent)
+            page.sent += 1
         if page is None:
             self.send_error(404)
         elif page.redirect:
@@ -109,9 +115,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(page, page.status, b'')
         else:
             self._serve(page)
-        is_question = self.headers.get('Range') == 'bytes=0-0'
-        if page is not None and page.after is not None and not is_question:
-            page.after(page)
 
     def _serve(self, page: Page) -> None:
         found = re.fullmatch(

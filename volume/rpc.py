@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import oslo_messaging as messaging
+from amqp.exceptions import AMQPError  # type: ignore[import-untyped]
 from kombu.exceptions import KombuError
 from oslo_config import cfg
 from oslo_messaging import opts as messaging_opts
@@ -471,7 +472,7 @@ class Remote:
             raise errors.Unavailable(
                 f'{method} was not sent: no service listens on {to}'
             ) from None
-        except KombuError as failed:
+        except (KombuError, AMQPError) as failed:
             # oslo.messaging lets these out while it connects, never once it
             # has begun to send.
             raise errors.Unavailable(

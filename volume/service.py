@@ -163,6 +163,7 @@ class Service:
     def _start_manager(self) -> None:
         self.node.make_directory(os.path.join(self.node.state_dir, 'spool'))
         self.runner.void_earlier()
+        self._end_private_exports()
         _check_all(self.runner.backends, CHECK_WAIT_S)
         self._beat()
         periodic.refresh(
@@ -197,6 +198,14 @@ class Service:
         )
         self.address = web.start()
         self._stack.callback(web.stop)
+
+    def _end_private_exports(self) -> None:
+        """End what an earlier process had opened to read or fill volumes."""
+        try:
+            if self.node.blockd is not None:
+                self.node.blockd.end_private()
+        except errors.VolumeError as failed:
+            LOG.warning('the storage daemon: %s', failed)
 
     def _sweep(self) -> None:
         self.runner.sweep()

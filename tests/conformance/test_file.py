@@ -2,12 +2,14 @@
 """The file driver, with reflink and without."""
 
 import os
+import tempfile
 import unittest
 
 from volume import errors
 from volume import ids
 from volume import model
 from volume.drivers import file
+from volume.nbd import NbdClient
 from volume.testing import conformance
 from volume.testing import fixtures
 from volume.testing import workbench
@@ -99,6 +101,53 @@ class Suite(conformance.DriverSuite):
             os.rename(away, self.directory)
         self.assert_seed(volume, 1)
 
+    def test_another_file_system_in_its_place_is_no_empty_pool(self):
+        volume = self.volume(seed=1)
+        there = os.stat(self.directory).st_dev
+        others = [
+            path for path in ('/tmp', '/dev/shm')
+            if os.path.isdir(path) and os.stat(path).st_dev != there
+        ]
+        if not others:
+            self.skipTest('only one file system')
+        away = self.directory + '-away'
+        os.rename(self.directory, away)
+        empty = self.enterContext(tempfile.TemporaryDirectory(dir=others[0]))
+        os.symlink(empty, self.directory)
+        try:
+            for call in self.driver.delete, self.driver.create:
+                with self.assertRaises(errors.Unavailable):
+                    call(volume)
+        finally:
+            os.unlink(self.directory)
+            os.rename(away, self.directory)
+        self.assert_seed(volume, 1)
+
+    def test_what_is_attached_is_not_replaced_cut_or_removed(self):
+        fixtures.serve_blocks(self, self.node)
+        volume = self.volume(seed=1)
+        self.attach(volume, 'a')
+        for call in (
+            lambda: self.driver.delete(volume),
+            lambda: self.driver.disown(volume),
+            lambda: self.driver.resize(volume, 2 * volume.size_bytes),
+            lambda: self.driver.unmap(volume),
+            lambda: self.driver.writer(volume),
+        ):
+            self.assertRaises(errors.Busy, call)
+        self.assert_seed(volume, 1)
+        self.node.blockd.unexport('a')
+        self.driver.resize(volume, 2 * volume.size_bytes)
+        self.driver.unmap(volume)
+
+    def attach(self, source, name):
+        client = NbdClient(self.node.blockd.export(
+            name, self.driver.blocknode(source),
+            isinstance(source, model.Volume),
+        ))
+        self.addCleanup(client.close)
+        return client
+
     def test_adopted_file_is_a_plain_one_of_whole_sectors(self):
         secret = os.path.join(self.node.state_dir, 'secret')
         for path, size_bytes in (
@@ -170,6 +219,32 @@ class ReflinkFileTest(Suite, unittest.TestCase):
         self.assertLessEqual(
             {'Clone', 'Snapshots', 'Revert'}, self.pool.features
         )
+
+    def test_attached_volume_keeps_its_bytes_when_it_is_copied(self):
+        fixtures.serve_blocks(self, self.node)
+        volume = self.volume(seed=1)
+        client = self.attach(volume, 'a')
+        self.addCleanup(lambda: self.node.blockd.unexport('a'))
+        snapshot, clone = self.snapshot(volume), self.clone(volume)
+        client.pwrite(b'\xff' * 512, 0)
+        client.flush()
+        self.assert_seed(snapshot, 1)
+        self.assert_seed(clone, 1)
+        with self.assertRaises(errors.Busy):
+            self.driver.revert(snapshot)
+        image = b'\xff' * 512 + workbench.pattern(1, volume.size_bytes)[512:]
+        self.assert_holds(volume, image)
+        there = bytearray(volume.size_bytes)
+        client.pread_into(there, 0)
+        self.assertEqual(image, there)
+
+    def test_attached_snapshot_is_not_deleted(self):
+        fixtures.serve_blocks(self, self.node)
+        snapshot = self.snapshot(self.volume(seed=1))
+        self.attach(snapshot, 'a')
+        with self.assertRaises(errors.Busy):
+            self.driver.delete_snapshot(snapshot)
+        self.node.blockd.unexport('a')
 
     def test_clone_shares_the_bytes_of_its_source(self):
         source = self.volume(size_bytes=64 * model.MIB)

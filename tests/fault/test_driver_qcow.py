@@ -24,8 +24,10 @@ class Suite(repeat.DriverFaultSuite):
 
     def make_node(self):
         node = faults.FaultyNode(self.state_dir)
-        # One daemon for all: it outlives what happens to the service.
+        # One daemon for all: it outlives what happens to the service, which
+        # ends what its predecessor left in it when it starts.
         node.blockd = Blockd(node, os.path.join(self.state_dir, 'blockd'))
+        node.blockd.end_private()
         return node
 
     def make_driver(self, node):

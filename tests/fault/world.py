@@ -218,7 +218,13 @@ class World:
 
     def content(self, thing: model.Volume | model.Snapshot) -> bytes:
         with self.driver().reader(thing) as reader:
-            return reader.read()
+            data = bytearray(reader.size_bytes)
+            left = memoryview(data)
+            while left:
+                count = reader.readinto(left[:model.MIB])
+                assert count, 'the reader ends early'
+                left = left[count:]
+            return bytes(data)
 
     def write(self, volume_id: str, offset: int, data: bytes) -> None:
         """Write into a detached volume, as an attached host would have."""

@@ -96,7 +96,7 @@ class Serving(Brokered):
     def stored(self):
         return [
             name for name in os.listdir(self.world.pool)
-            if self.id in name and not name.startswith('.')
+            if name == f'{self.id}.raw'
         ]
 
     def test_a_compute_service_needs_no_database(self):
@@ -417,9 +417,10 @@ class Notifying(Brokered):
 
     def test_nobody_waits_for_a_broker_that_is_away(self):
         (port,) = rabbit.free_ports(1)
-        notify, _ = self.make(
+        notify, conf = self.make(
             f'rabbit://guest:guest@127.0.0.1:{port}/', pending_max=3
         )
+        conf.set_override('retry', 1, group='oslo_messaging_notifications')
         with self.assertLogs('volume.notifier', 'WARNING') as logged:
             for number in range(20):
                 notify(f'volume.create.{number}', {})

@@ -149,13 +149,14 @@ class Downloads(Http):
         self.assertEqual(DATA * 3, read(source, url))
 
     def test_an_image_that_changed_in_a_break_is_a_conflict(self) -> None:
-        def change(page: Any) -> None:
-            page.etag, page.data = '"2"', page.data[::-1]
+        def change(page: Any, sent: int) -> None:
+            if sent:
+                page.etag, page.data = '"2"', page.data[::-1]
 
         url = self.web.put('/i', DATA, drops=[1_000_000])
         source = self.source()
         stat = source.stat(url)
-        self.web.pages['/i'].after = change
+        self.web.pages['/i'].before = change
         with (
             source.open(stat) as image,
             self.assertRaisesRegex(errors.Conflict, 'changed'),
@@ -163,15 +164,16 @@ class Downloads(Http):
             read_all(image)
 
     def test_a_change_is_seen_though_the_server_ignores_if_range(self) -> None:
-        def change(page: Any) -> None:
-            page.etag = '"2"'
+        def change(page: Any, sent: int) -> None:
+            if sent:
+                page.etag = '"2"'
 
         url = self.web.put(
             '/i', DATA, drops=[1_000_000], ignores_if_range=True
         )
         source = self.source()
         stat = source.stat(url)
-        self.web.pages['/i'].after = change
+        self.web.pages['/i'].before = change
         with source.open(stat) as image, self.assertRaises(errors.Conflict):
             read_all(image)
 
@@ -341,13 +343,14 @@ class Redirects(Http):
         self.assertEqual([], inner.log)
 
     def test_a_redirect_in_mid_download_is_checked_as_well(self) -> None:
-        def turn(page: Any) -> None:
-            page.redirect = 'http://169.254.169.254/'
+        def turn(page: Any, sent: int) -> None:
+            if sent:
+                page.redirect = 'http://169.254.169.254/'
 
         url = self.web.put('/i', DATA, drops=[1_000_000])
         source = self.source()
         stat = source.stat(url)
-        self.web.pages['/i'].after = turn
+        self.web.pages['/i'].before = turn
         with source.open(stat) as image, self.assertRaises(errors.Invalid):
             read_all(image)
 

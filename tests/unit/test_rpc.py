@@ -2,6 +2,7 @@
 """The RPC door itself: what it lets in, and what it promises."""
 
 import inspect
+import pathlib
 import unittest
 
 from volume import errors
@@ -14,6 +15,8 @@ from volume.rpcapi import VolumeAPI
 from volume.rpcverb import verb
 from volume.rpcverb import verbs_of
 
+TOP = pathlib.Path(__file__).parents[2]
+PAGE = TOP / 'doc/source/reference/rpc.rst'
 CALLER = Caller(project_id='p', user_id='u')
 CONTEXT = {
     'project_id': 'p', 'user_id': 'u', 'is_admin': False,
@@ -278,6 +281,16 @@ class Surface(unittest.TestCase):
             ]:
                 with self.subTest(f'{name}.{each.name}'):
                     self.assertIsNot(each.empty, each.default)
+
+    def test_the_page_names_every_verb_and_argument(self):
+        page = PAGE.read_text()
+        for name, found in self.verbs.items():
+            entry = page.partition(f'* - ``{name}``')[2].partition('* - ``')
+            with self.subTest(name):
+                self.assertEqual([], [
+                    each for each in found.parameters
+                    if f'``{each}``' not in entry[0]
+                ])
 
     def test_the_client_has_every_verb_and_sends_what_it_takes(self):
         bus = Recorder()

@@ -209,7 +209,8 @@ class Client:
                 raise self._no_answer(method, failed) from None
         finally:
             connection.close()
-        return self._read(response.status, text)
+        is_ours = response.getheader('X-Openstack-Request-Id') is not None
+        return self._read(response.status, text, is_ours)
 
     def _connection(self) -> http.client.HTTPConnection:
         if self._socket_path:
@@ -222,8 +223,8 @@ class Client:
             self._host, self._port, timeout=CONNECT_S
         )
 
-    def _read(self, status: int, text: bytes) -> Json:
-        if status in (202, 204) and not text:
+    def _read(self, status: int, text: bytes, is_ours: bool) -> Json:
+        if 200 <= status < 300 and not text and is_ours:
             return {}
         try:
             body = json.loads(text) if len(text) <= ANSWER_BYTES_MAX else None

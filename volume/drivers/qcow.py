@@ -321,14 +321,16 @@ class QcowDriver(
         pool = self._pool(volume)
         with pool.lock():
             active = self._opened(pool, volume)[0][0]
-            path = pool.layer_path(active)
-            if access is model.Access.WRITE and path in pool.open_files():
+            if access is model.Access.WRITE and pool.is_served(active):
                 raise errors.Busy(
                     f'volume {volume.id} is exported: detach it first'
                 )
-            self.node.write(pool.mapped_path(volume.id), access.value.encode())
+            path = pool.mapped_path(volume.id)
+            self.node.write(path, access.value.encode())
         driver = FORMATS[qcow_layers.extension(active)].driver
-        return model.Device(path, is_block=False, format=driver)
+        return model.Device(
+            pool.layer_path(active), is_block=False, format=driver
+        )
 
     def unmap(self, volume: model.Volume) -> None:
         pool = self._pool(volume)
@@ -409,8 +411,7 @@ class QcowDriver(
             if layer is None:
                 pool.sweep()
                 return
-            tops = self.node.blockd.exports() if self.node.blockd else {}
-            if pool.layer_path(layer) in tops.values():
+            if pool.is_top(layer):
                 raise errors.Busy(
                     f'snapshot {snapshot.id} is being read: try again later'
                 )

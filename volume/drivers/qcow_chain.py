@@ -66,8 +66,7 @@ def freeze(
             'told of a snapshot; detach it first'
         )
     catch_up(pool, active)
-    path = pool.layer_path(active)
-    is_live = path in pool.open_files()
+    is_live = pool.is_served(active)
     if not is_live:
         pool.end_merges([active])
     header = pool.header(active)
@@ -85,7 +84,9 @@ def freeze(
     overlay = pool.overlay(active, header.size_bytes)
     pool.point(pointer, overlay)
     if is_live and pool.node.blockd:
-        pool.node.blockd.snapshot(path, pool.layer_path(overlay))
+        pool.node.blockd.snapshot(
+            pool.layer_path(active), pool.layer_path(overlay)
+        )
     return active
 
 
@@ -96,15 +97,14 @@ def catch_up(pool: PoolDirectory, active: str) -> None:
     nothing else stands.
     """
     below = pool.header(active).backing
-    if below is None or pool.node.blockd is None:
-        return
-    over, under = pool.layer_path(active), pool.layer_path(below)
-    tops = pool.node.blockd.exports().values()
-    if over in tops or under not in tops:
+    if below is None or pool.is_used(active) or not pool.is_top(below):
         return
     tree = pool.tree()
     if not tree.names.get(below) and tree.children[below] == {active}:
-        pool.node.blockd.snapshot(under, over)
+        assert pool.node.blockd is not None
+        pool.node.blockd.snapshot(
+            pool.layer_path(below), pool.layer_path(active)
+        )
 
 
 def check_depth(

@@ -273,17 +273,27 @@ class PoolDirectory:
             f'compare {name}', lambda: os.path.samefile(path, layer)
         )
 
-    def open_files(self) -> frozenset[str]:
-        """Return what the block daemon has open."""
-        blockd = self.node.blockd
-        return blockd.open_files() if blockd else frozenset()
+    def is_served(self, name: str) -> bool:
+        """Say whether the block daemon has the layer open."""
+        # The kernel is quicker to ask than the daemon.
+        return (
+            self.node.blockd is not None and self.is_used(name)
+            and self.node.blockd.is_open(self.layer_path(name))
+        )
+
+    def is_top(self, name: str) -> bool:
+        """Say whether the block daemon exports just this layer."""
+        return (
+            self.node.blockd is not None and self.is_used(name)
+            and self.layer_path(name) in self.node.blockd.exports().values()
+        )
 
     def is_used(self, name: str) -> bool:
-        """Say whether any QEMU has the layer open, ours or not."""
+        """Say whether any QEMU has the layer open, the daemon or another."""
         path = self.layer_path(name)
         return self._act(
             f'probe {name}', lambda: qcow_layers.is_used(path)
-        ) or path in self.open_files()
+        )
 
     def is_written(self, name: str) -> bool:
         """Say whether any QEMU may be writing to the layer."""
@@ -358,13 +368,11 @@ class PoolDirectory:
 
     def free(self, tree: Tree, name: str | None) -> None:
         """Remove a layer that nothing needs, and then what it stood on."""
-        open_files = self.open_files()
         while name in tree.layers and not tree.is_needed(name):
             backing = tree.backing(name)
-            path = self.layer_path(name)
-            if path in open_files or not tree.is_certain():
+            if not tree.is_certain() or self.is_used(name):
                 return
-            self.node.unlink(path)
+            self.node.unlink(self.layer_path(name))
             tree.forget(name)
             name = backing
 

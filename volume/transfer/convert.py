@@ -49,7 +49,6 @@ MEANING: tuple[tuple[re.Pattern[str], type[errors.VolumeError]], ...] = (
     (re.compile(r'No space left|Disk quota'), errors.NoSpace),
     (re.compile(r'Failed to (get|lock).*lock|Is another process'),
      errors.Busy),
-    (re.compile(r'File too large'), errors.NoSpace),
     (re.compile(r'[Cc]orrupt|[Ii]nvalid|Unsupported|unsupported|too large'
                 r'|too small|beyond'), errors.Invalid),
 )
@@ -252,7 +251,7 @@ def _meaning(failed: CommandFailed) -> errors.VolumeError:
         return errors.Invalid(
             'the image takes more processor time than its size allows'
         )
-    if failed.code == SIGXFSZ:
+    if failed.code == SIGXFSZ or 'File too large' in failed.stderr:
         return errors.NoSpace(
             'the image grew beyond the space that its size allows'
         )
