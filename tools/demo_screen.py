@@ -26,7 +26,12 @@ class Step:
     def __init__(self, screen: Screen, title: str) -> None:
         self._screen = screen
         self._title = title
+        self._started_at = time.monotonic()
         self.text = ''
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_at
 
     def doing(self, text: str) -> None:
         """Show what is going on, on a terminal."""
@@ -68,7 +73,6 @@ class Screen:
         """Time what is done, and write its line."""
         self.steps += 1
         title = f'{self.steps:3}  {name:{NAME_WIDTH}}'
-        started_at = time.monotonic()
         step = Step(self, title)
         step.doing('…')
         try:
@@ -76,12 +80,12 @@ class Screen:
         except BaseException as failed:
             self._erase()
             word = 'FAILED' if isinstance(failed, Exception) else 'stopped'
-            self.say(f'{title} {_seconds(started_at)}  {word}', '31')
+            self.say(f'{title} {_seconds(step)}  {word}', '31')
             raise
         self._erase()
         self.say(
             f'{self._colour(title, "1")} '
-            f'{self._colour(_seconds(started_at), "36")}  {step.text}'
+            f'{self._colour(_seconds(step), "36")}  {step.text}'
         )
 
     def draw(self, title: str, text: str) -> None:
@@ -107,5 +111,5 @@ def size(count_bytes: int) -> str:
     return f'{mib:.0f} MiB' if mib >= 10 else f'{mib:.1f} MiB'
 
 
-def _seconds(started_at: float) -> str:
-    return f'{time.monotonic() - started_at:6.2f} s'
+def _seconds(step: Step) -> str:
+    return f'{step.elapsed_s:6.2f} s'

@@ -58,7 +58,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         images = self.server.images
         path = os.path.join(images.directory, os.path.basename(self.path))
         try:
-            file = open(path, 'rb')  # noqa: SIM115
+            file = open(path, 'rb')
         except OSError:
             self.send_error(404)
             return

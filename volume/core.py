@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
-from typing import Any
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from volume import errors
-from volume.db import models
 from volume.db.engine import Database
 from volume.notify import Notify
 from volume.notify import silent

@@ -13,10 +13,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
-from typing import Any
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any, TYPE_CHECKING
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session

@@ -14,8 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from oslo_config import cfg
 from sqlalchemy.orm import Session
@@ -29,6 +28,7 @@ from volume import locks
 from volume import logs
 from volume import periodic
 from volume import rpc
+from volume import rpcapi
 from volume.api import app
 from volume.api import auth
 from volume.api import server
@@ -74,9 +74,10 @@ class Service:
             tcp=conf.nbd_listen or None,
         )
         self.db = Database(options.database_url(conf), clock)
+        self._notifier = notifier(conf)
         self.runner = self._make_runner(state)
         self.core = Core(
-            db=self.db, hint=self.runner.hint, wait=self.runner.wait,
+            db=self.db, hint=self._hint(), wait=self.runner.wait,
             settings=self.runner.settings, owner=self.owner,
             owner_host=conf.host, runs=self.runner.runs,
             notify=self.runner.notify,
@@ -110,6 +111,7 @@ class Service:
         self.runner.wake()
         with self._stack:
             self._stack.callback(self.db.close)
+            self._stack.callback(self._notifier.stop)
             self._stack.callback(self._forget_service)
             self._stack.callback(
                 self.runner.drain, self.conf.graceful_shutdown_timeout_s
@@ -154,11 +156,31 @@ class Service:
             self.db, self.node,
             backends.load(conf, self.node) if serves else {},
             owner=self.owner, host=conf.host, settings=settings,
-            notify=notifier(conf),
+            notify=self._notifier,
             spool_directory=os.path.join(state, 'spool'),
             source_for=Sources(conf, self.node).find,
             rate_bytes_per_s=conf.image_rate_bytes_per_s,
         )
+
+    def _hint(self) -> Callable[..., None]:
+        """Return how work is started: here, or by a word to its manager."""
+        if 'manager' in self.conf.roles or not rpc.is_remote(self.conf):
+            return self.runner.hint
+        bus = rpcapi.VolumeAPI.connect(self.conf)
+        self._stack.callback(bus.close)
+
+        def wake(job: models.Job, *known: object) -> None:
+            # A hint that is lost costs one sweep's interval, no more.
+            with contextlib.suppress(errors.VolumeError):
+                backend = self.db.read(
+                    lambda s: s.get(models.Backend, job.backend)
+                )
+                bus.wake(
+                    periodic.SYSTEM, job.id,
+                    host=backend.host if backend else '',
+                )
+
+        return wake
 
     def _start_manager(self) -> None:
         self.node.make_directory(os.path.join(self.node.state_dir, 'spool'))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from tests.fault.world import CALLER
+from tests.fault.world import World
 from volume import errors
 from volume import ids
 from volume import model
@@ -20,9 +22,6 @@ from volume.verbs import images
 from volume.verbs import manage
 from volume.verbs import snapshots
 from volume.verbs import volumes
-
-from tests.fault.world import CALLER
-from tests.fault.world import World
 
 MIB = model.MIB
 SIZE = 4 * MIB

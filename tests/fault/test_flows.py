@@ -11,17 +11,15 @@ from __future__ import annotations
 import shutil
 import unittest
 
+from tests.fault import scenarios
+from tests.fault.world import CALLER
+from tests.fault.world import World
 from volume.db import models
 from volume.testing import faults
 from volume.testing import fixtures
 from volume.verbs import attachments
 from volume.verbs import snapshots
 from volume.verbs import volumes
-
-from tests.fault import scenarios
-from tests.fault.world import CALLER
-from tests.fault.world import World
-
 
 LOOKS = frozenset({
     'exists', 'size', 'allocated', 'space', 'list', 'read', 'readlink',

@@ -9,12 +9,12 @@ import logging
 import unittest
 import warnings
 
+import openstack
 from cinderclient import api_versions
 from cinderclient import client as cinder
 from cinderclient import exceptions as cinder_exceptions
 from cinderclient.contrib import noauth
 from keystoneauth1 import session
-import openstack
 from openstack import exceptions as sdk_exceptions
 
 from tests.integration import serving

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Volumes from images and images from volumes, with real tools and servers.
+"""Volumes from images, with real tools and servers.
 
 Every claim is about bytes: what a volume holds afterwards, to its last one.
 """
@@ -9,160 +9,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import logging
 import os
 import shutil
 import subprocess
-import types
-import unittest
 from collections.abc import Callable
 from typing import Any
 
 from tests import images
-from tests.webserver import Web
+from tests.integration import fill_case
+from tests.integration.fill_case import Case
+from tests.integration.fill_case import Remote
 from volume import errors
-from volume import ids
 from volume import model
-from volume.drivers import base
-from volume.drivers.file import FileDriver
 from volume.flows import fill
-from volume.node import Node
-from volume.testing import faults
-from volume.testing import fixtures
 from volume.transfer import convert
-from volume.transfer import formats
-from volume.transfer.base import Source
-from volume.transfer.file import FileSource
-from volume.transfer.http import HttpSource
 
 SIZE = images.VIRTUAL
 SPARE = 3 * images.MIB
 
 
-def setUpModule() -> None:
-    inspectors = logging.getLogger('oslo_utils.imageutils.format_inspector')
-    unittest.addModuleCleanup(inspectors.setLevel, inspectors.level)
-    inspectors.setLevel(logging.CRITICAL)  # it tells of each refusal
-
-
-class Remote(base.Driver):
-    """A driver with its eight methods and nothing that QEMU could open."""
-
-    def __init__(self, conf: Any, node: Node) -> None:
-        self.inner = FileDriver(conf, node)
-        for name in ('check', 'pools', 'create', 'delete', 'inspect', 'scan',
-                     'reader', 'writer'):
-            setattr(self, name, getattr(self.inner, name))
-
-    check = pools = create = delete = inspect = scan = None  # type: ignore
-    reader = writer = None  # type: ignore
-
-
-class Case(unittest.TestCase):
-    """A pool, a place for images, a server, and both sources."""
-
-    def setUp(self) -> None:
-        if shutil.which('qemu-img') is None:
-            self.skipTest('qemu-img is not installed')
-        self.node = fixtures.make_node(self)
-        root = self.node.state_dir
-        self.pool, self.images, self.spool = (
-            os.path.join(root, name) for name in ('pool', 'images', 'spool')
-        )
-        os.mkdir(self.pool)
-        os.mkdir(self.images)
-        self.section = types.SimpleNamespace(directories=[self.pool])
-        self.settings = types.SimpleNamespace(
-            image_allowed_directories=[self.images],
-            image_upload_directories=[self.images],
-            image_allowed_networks=['127.0.0.0/8'],
-            image_http_timeout_s=10.0,
-            image_http_attempts=3,
-            image_redirects_max=3,
-            image_size_bytes_max=1 << 40,
-            image_ca_file='',
-        )
-        self.driver = self.make_driver(self.node)
-        self.file = FileSource(self.settings, self.node)
-        self.http = HttpSource(self.settings, self.node)
-        self.data = images.disk(SIZE)
-
-    def make_driver(
-        self, node: Node, kind: type[base.Driver] = FileDriver
-    ) -> base.Driver:
-        driver = kind(self.section, node)
-        driver.check()
-        return driver
-
-    def volume(
-        self, size: int = SIZE + SPARE, dirt: bytes = b''
-    ) -> model.Volume:
-        volume = model.Volume(ids.new(), 'pool', size)
-        self.driver.create(volume)
-        if dirt:
-            with open(self.path(volume), 'r+b') as f:
-                f.write(dirt * size)
-        return volume
-
-    def path(self, volume: model.Volume) -> str:
-        return os.path.join(self.pool, f'{volume.id}.raw')
-
-    def bytes_of(self, volume: model.Volume) -> bytes:
-        with open(self.path(volume), 'rb') as f:
-            return f.read()
-
-    def image(self, kind: str, name: str = '') -> str:
-        """Make a good image; return its path."""
-        path = os.path.join(self.images, name or f'i.{kind}')
-        return images.make(kind, path, self.data)
-
-    def fill(
-        self, volume: model.Volume, source: Source, url: str, **more: Any
-    ) -> fill.Filled:
-        ways = {
-            'spool_directory': self.spool, 'token': 'job.1',
-            'node': self.node, 'driver': self.driver, **more,
-        }
-        return fill.fill_from_image(
-            ways.pop('driver'), volume, source, url, **ways
-        )
-
-    def upload(
-        self, volume: model.Volume, name: str, image_format: str, **more: Any
-    ) -> Any:
-        ways = {
-            'spool_directory': self.spool, 'token': 'job.1',
-            'node': self.node, 'driver': self.driver, **more,
-        }
-        return fill.upload(
-            ways.pop('driver'), volume, self.file,
-            f'file://{self.images}/{name}', format=image_format, **ways,
-        )
-
-    def assert_filled(self, volume: model.Volume) -> None:
-        tail = bytes(volume.size_bytes - SIZE)
-        self.assertTrue(
-            self.bytes_of(volume) == self.data + tail, 'other bytes'
-        )
-        self.assert_no_spool()
-
-    def assert_no_spool(self) -> None:
-        if os.path.exists(self.spool):
-            self.assertEqual([], os.listdir(self.spool))
-
-    def both(self, path: str) -> list[tuple[Source, str]]:
-        """Return an image as both sources have it."""
-        with open(path, 'rb') as f:
-            data = f.read()
-        name = '/' + os.path.basename(path)
-        return [(self.file, f'file://{path}'),
-                (self.http, self.web.put(name, data))]
-
-    @property
-    def web(self) -> Web:
-        if not hasattr(self, '_web'):
-            self._web = Web(self)
-        return self._web
+setUpModule = fill_case.setUpModule
 
 
 class Filling(Case):
@@ -557,187 +423,3 @@ class Copying(Case):
             fill.copy_volume(
                 self.driver, self.volume(SIZE), self.driver,
                 self.volume(SIZE - 512), node=self.node)
-
-
-class Uploading(Case):
-    def setUp(self) -> None:
-        super().setUp()
-        self.source = self.volume(SIZE)
-        with open(self.path(self.source), 'r+b') as f:
-            f.write(self.data)
-
-    def assert_image(self, name: str, image_format: str, made: Any) -> None:
-        path = os.path.join(self.images, name)
-        with open(path, 'rb') as f:
-            self.assertEqual(
-                hashlib.file_digest(f, 'sha256').hexdigest(), made['sha256'])
-        self.assertEqual(os.path.getsize(path), made['size_bytes'])
-        info = formats.inspect(path, image_format)
-        self.assertEqual(SIZE, info.virtual_size_bytes)
-        volume = self.volume(SIZE)
-        self.fill(volume, self.file, f'file://{path}')
-        self.assert_filled(volume)
-        self.assertEqual(
-            [], [n for n in os.listdir(self.images) if 'draft' in n])
-
-    def test_each_format_holds_the_volume_and_comes_back(self) -> None:
-        for image_format in formats.FORMATS:
-            for kind in (FileDriver, Remote):
-                driver = self.make_driver(self.node, kind)
-                name = f'{kind.__name__}.{image_format}'
-                with self.subTest(name):
-                    made = self.upload(
-                        self.source, name, image_format, driver=driver)
-                    self.assert_image(name, image_format, made)
-
-    def test_a_vmdk_names_itself(self) -> None:
-        self.upload(self.source, 'my.vmdk', 'vmdk')
-        with open(f'{self.images}/my.vmdk', 'rb') as f:
-            self.assertIn(b'RW 16384 SPARSE "my.vmdk"\n', f.read(4096))
-
-    def test_an_upload_repeated_is_the_same_image(self) -> None:
-        for image_format in formats.FORMATS:
-            made = self.upload(self.source, f'i.{image_format}', image_format)
-            again = self.upload(self.source, f'i.{image_format}', image_format)
-            self.assertEqual(made, again)
-
-    def test_another_image_is_never_replaced(self) -> None:
-        for image_format in formats.FORMATS:
-            name = f'i.{image_format}'
-            images.make(image_format, f'{self.images}/{name}',
-                        self.data[:-1] + b'\0')
-            with open(f'{self.images}/{name}', 'rb') as f:
-                before = f.read()
-            with self.subTest(name), self.assertRaises(errors.Conflict):
-                self.upload(self.source, name, image_format)
-            with open(f'{self.images}/{name}', 'rb') as f:
-                self.assertEqual(before, f.read())
-
-    def test_a_guest_s_header_is_uploaded_as_bytes(self) -> None:
-        head = images.qcow2(backing=images.PASSWD)
-        with open(self.path(self.source), 'r+b') as f:
-            f.write(head)
-        self.data = head + self.data[len(head):]
-        for image_format in ('raw', 'qcow2'):
-            name = f'g.{image_format}'
-            self.upload(self.source, name, image_format)
-            out = subprocess.run(
-                ['qemu-img', 'compare', '-f', image_format, '-F', 'raw',
-                 f'{self.images}/{name}', self.path(self.source)],
-                stdout=subprocess.DEVNULL, timeout=60)
-            self.assertEqual(0, out.returncode)
-
-    def test_a_cancelled_upload_leaves_no_image(self) -> None:
-        def watch(done: int, total: int) -> None:
-            raise errors.Cancelled('enough')
-
-        for image_format in formats.FORMATS:
-            with self.assertRaises(errors.Cancelled):
-                self.upload(self.source, 'i', image_format, watch=watch)
-            self.assertEqual([], os.listdir(self.images))
-
-    def test_an_attached_volume_is_uploaded_as_its_host_sees_it(self) -> None:
-        if shutil.which('qemu-storage-daemon') is None:
-            self.skipTest('qemu-storage-daemon is not installed')
-        fixtures.serve_blocks(self, self.node)
-        blockd = self.node.blockd
-        assert blockd is not None
-        blockd.ensure()
-        driver = self.make_driver(self.node)
-        assert isinstance(driver, FileDriver)
-        uri = blockd.export('host', driver.blocknode(self.source), True)
-        subprocess.run(
-            ['qemu-io', '-f', 'raw', '-c', 'write -P 0x5a 1M 64k', uri],
-            check=True, stdout=subprocess.DEVNULL, timeout=60)
-        self.data = (self.data[:images.MIB] + b'\x5a' * 65536
-                     + self.data[images.MIB + 65536:])
-        for image_format in formats.FORMATS:
-            name = f'a.{image_format}'
-            with self.subTest(name):
-                made = self.upload(
-                    self.source, name, image_format, driver=driver)
-                self.assert_image(name, image_format, made)
-        self.assertEqual({'host'}, set(blockd.exports()))
-
-
-class Faults(Case):
-    """Whatever goes wrong at whichever act, the next try is right."""
-
-    def runs(
-        self, work: Callable[[Node, base.Driver], object],
-        prove: Callable[[], object],
-    ) -> int:
-        count = 0
-        for nth in itertools.count(1):
-            fired = False
-            for fault in faults.every(nth):
-                node = faults.FaultyNode(self.node.state_dir, None)
-                driver = self.make_driver(node)
-                node.arm(fault)
-                with (
-                    self.subTest(fault),
-                    contextlib.suppress(faults.Crash, errors.VolumeError),
-                ):
-                    work(node, driver)
-                fired |= node.fired
-                with self.subTest(fault):
-                    work(self.node, self.driver)
-                    prove()
-                count += 1
-            if not fired:
-                return count
-        return count
-
-    def test_a_fill_that_failed_anywhere_is_right_the_next_time(self) -> None:
-        self.data = images.disk(images.MIB)
-        for kind, is_file in (
-            ('raw', True), ('raw', False), ('qcow2', True), ('qcow2', False),
-        ):
-            path = self.image(kind)
-            source, url = self.both(path)[0 if is_file else 1]
-            volume = self.volume(2 * images.MIB, dirt=b'\xee')
-
-            def work(
-                node: Node, driver: base.Driver, v: model.Volume = volume,
-                s: Source = source, u: str = url,
-            ) -> None:
-                self.fill(
-                    v, type(s)(self.settings, node), u,  # type: ignore
-                    node=node, driver=driver)
-
-            def prove(v: model.Volume = volume) -> None:
-                expected = self.data + bytes(images.MIB)
-                self.assertTrue(self.bytes_of(v) == expected)
-                self.assert_no_spool()
-
-            with self.subTest(kind, url=url):
-                self.assertGreater(self.runs(work, prove), 20)
-
-    def test_an_upload_that_failed_anywhere_is_there_once(self) -> None:
-        self.data = images.disk(images.MIB)
-        volume = self.volume(images.MIB)
-        with open(self.path(volume), 'r+b') as f:
-            f.write(self.data)
-        for image_format in ('raw', 'qcow2'):
-
-            def work(
-                node: Node, driver: base.Driver, f: str = image_format
-            ) -> None:
-                fill.upload(
-                    driver, volume, FileSource(self.settings, node),
-                    f'file://{self.images}/up', format=f, node=node,
-                    spool_directory=self.spool, token='job.1')
-
-            def prove(f: str = image_format) -> None:
-                path = f'{self.images}/up'
-                self.assertEqual(['up'], os.listdir(self.images))
-                info = formats.inspect(path, f)
-                self.assertEqual(images.MIB, info.virtual_size_bytes)
-                target = self.volume(images.MIB)
-                self.fill(target, self.file, f'file://{path}')
-                self.assertTrue(self.bytes_of(target) == self.data)
-                self.driver.delete(target)
-                os.unlink(path)
-
-            with self.subTest(image_format):
-                self.assertGreater(self.runs(work, prove), 20)

@@ -10,7 +10,7 @@ import subprocess
 from typing import Any
 
 from tests import images
-from tests.integration.test_fill import Case
+from tests.integration.fill_case import Case
 from volume import ids
 from volume import model
 from volume.drivers.qcow import QcowDriver
@@ -91,7 +91,7 @@ class Qcow(Case):
             self.bytes_of(origin) == b'\xaa' * origin.size_bytes)
 
     def test_a_snapshot_is_copied_to_another_backend(self) -> None:
-        file_driver, file_pool = self.driver, self.pool
+        file_driver = self.driver
         self.use('qcow2')
         assert isinstance(self.driver, QcowDriver)
         source = self.volume(SIZE)

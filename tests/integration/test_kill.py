@@ -11,6 +11,7 @@ repeat, so a seed repeats the load and not the moment.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import http.client
 import os
@@ -21,15 +22,15 @@ import unittest
 import uuid
 from typing import Any
 
+from tests.process import Refused
+from tests.process import ServiceProcess
 from volume import errors
 from volume.nbd import NbdClient
 
-from tests.process import Refused
-from tests.process import ServiceProcess
-
 SEEDS = int(os.environ.get('VOLUME_TEST_KILL_SEEDS', '10'))
-ROUNDS = 3
-OPERATIONS = 30
+ROUNDS = 4
+CLIENTS = 4
+OPERATIONS = 12
 SIZE = 4 << 20
 LASTING = {'available', 'in-use', 'error'}
 SECTIONS = """
@@ -45,14 +46,16 @@ directories = {root}/files
 class Load:
     """Random requests, and what must be true of each volume after them."""
 
-    def __init__(self, service: ServiceProcess, seed: int) -> None:
+    def __init__(
+        self, service: ServiceProcess, seed: int, number: int
+    ) -> None:
         self.service = service
-        self.random = random.Random(seed)
+        self.random = random.Random(seed * 100 + number)
         # What each volume may hold: more than one if we died while writing.
         self.expected: dict[str, list[bytes]] = {}
         self.kept: dict[str, list[bytes]] = {}
         self.done: collections.Counter[str] = collections.Counter()
-        self.image = os.path.join(service.root, 'images', 'i.raw')
+        self.image = os.path.join(service.root, 'images', f'{number}.raw')
         self.content = bytes(1 << 20) + b'i' * (1 << 20) + bytes(2 << 20)
         with open(self.image, 'wb') as f:
             f.write(self.content)
@@ -68,10 +71,16 @@ class Load:
         try:
             verb()
             self.done[verb.__name__] += 1
-        except (Refused, OSError, http.client.HTTPException):
+        except Refused:
             pass
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.05)  # it is dead, and will be back
         except errors.VolumeError:
             pass  # the export ended under our write
+
+    def some(self) -> None:
+        for _ in range(OPERATIONS):
+            self.one()
 
     def pick(self, of: dict[str, list[bytes]]) -> str | None:
         return self.random.choice(sorted(of)) if of else None
@@ -87,7 +96,7 @@ class Load:
                 if 'source_volid' not in wish else None,
             },
         })
-        if self.random.random() < 0.6:
+        if self.random.random() < 0.5:
             self.service.wait(volume_id, *LASTING)
 
     def create(self) -> None:
@@ -164,21 +173,24 @@ class KillTest(unittest.TestCase):
             extra=f'image_allowed_directories = {service.root}/images',
         )
         service.start()
-        load = Load(service, seed)
+        loads = [Load(service, seed, number) for number in range(CLIENTS)]
+        moments = random.Random(seed)
         for _ in range(ROUNDS):
-            fatal = load.random.randrange(3, OPERATIONS)
-            for number in range(OPERATIONS):
-                load.one()
-                if number == fatal:
-                    time.sleep(load.random.random() * 0.05)
-                    service.kill()
-                    service.start()
+            with concurrent.futures.ThreadPoolExecutor(CLIENTS) as clients:
+                running = [clients.submit(load.some) for load in loads]
+                time.sleep(0.05 + moments.random() * 0.6)
+                service.kill()
+                service.start()
+                for each in running:
+                    each.result()
         self.settle(service)
-        self.compare(service, load)
+        expected = {k: v for load in loads for k, v in load.expected.items()}
+        self.compare(service, expected)
         service.stop()
         service.start()
-        self.compare(service, load)
-        self.assertGreater(sum(load.done.values()), OPERATIONS, load.done)
+        self.compare(service, expected)
+        done = sum((load.done for load in loads), collections.Counter())
+        self.assertGreater(sum(done.values()), OPERATIONS, done)
         found = service.manage('reconcile', '--dry-run')
         self.assertEqual(
             'nothing differs', found.stdout.strip(), found.stderr
@@ -200,15 +212,17 @@ class KillTest(unittest.TestCase):
             self.assertLess(time.monotonic(), deadline, jobs)
             time.sleep(0.1)
 
-    def compare(self, service: ServiceProcess, load: Load) -> None:
+    def compare(
+        self, service: ServiceProcess, expected: dict[str, list[bytes]]
+    ) -> None:
         volumes, snapshots = service.volumes(), service.snapshots()
         for kind in volumes, snapshots:
             for row in kind.values():
                 self.assertIn(row['status'], LASTING, row)
-        self.assertLessEqual(set(volumes), set(load.expected))
+        self.assertLessEqual(set(volumes), set(expected))
         for volume_id, row in volumes.items():
             if row['status'] == 'available':
-                self.holds(service, row, load.expected[volume_id])
+                self.holds(service, row, expected[volume_id])
 
     def holds(
         self,

@@ -63,9 +63,15 @@ class Client:
         self._socket_path = ''
         self._tls: ssl.SSLContext | None = None
         self._host, self._port = 'localhost', 0
+        try:
+            f'{url}{project}'.encode()
+        except UnicodeError:
+            raise Usage('the URL or the project is not valid text') from None
         if url.startswith('unix:'):
             self._socket_path = url.removeprefix('unix:')
             self._path = '/v3'
+            if not self._socket_path.startswith('/'):
+                raise Usage(f'URL {url!r:.200} is not like unix:/path')
         else:
             self._read_url(url, ca_file)
         if project:
@@ -124,6 +130,7 @@ class Client:
         try:
             parts = urllib.parse.urlsplit(url)
             self._host, port = parts.hostname or '', parts.port
+            self._host.encode('idna')
         except ValueError:
             raise Usage(f'URL {url!r:.200} is not valid') from None
         if parts.scheme not in ('http', 'https') or not self._host:
@@ -137,7 +144,9 @@ class Client:
                 'a token comes from --token-file or VOLUME_TOKEN'
             )
         self._port = port or (443 if parts.scheme == 'https' else 80)
-        self._path = parts.path.rstrip('/') or '/v3'
+        self._path = urllib.parse.quote(
+            parts.path.rstrip('/'), safe='/%'
+        ) or '/v3'
         if parts.scheme == 'https':
             try:
                 self._tls = ssl.create_default_context(

@@ -45,27 +45,13 @@ def add(verbs: Verbs) -> None:
 def _add_jobs(verbs: Verbs) -> None:
     group = parser.group(
         verbs, 'jobs', 'see what the service is doing, stop it, hurry it; '
-        'without a verb: list jobs', default=show_jobs,
+        'without a verb: list jobs', default=show_jobs, options=_add_filters,
     )
     verb = parser.verb(
         group, 'list', show_jobs, 'list jobs, the newest first',
         'volume jobs list --state open',
     )
-    verb.add_argument(
-        '--state', choices=('open', 'done', 'failed', 'cancelled'),
-        help='only those in this state',
-    )
-    verb.add_argument(
-        '--volume', metavar='VOLUME', help='only those about this volume'
-    )
-    verb.add_argument(
-        '--all-projects', action='store_true',
-        help='also of other projects (administrators only)',
-    )
-    verb.add_argument(
-        '--limit', type=values.count, metavar='NUMBER',
-        help=f'no more than so many; by default {LISTED}',
-    )
+    _add_filters(verb)
     for name, run, help in (
         ('show', show_job, 'show all about a job'),
         ('cancel', cancel, 'stop a job, and undo what it has done'),
@@ -80,6 +66,27 @@ def _add_jobs(verbs: Verbs) -> None:
         verb.add_argument('job', type=values.id, metavar='JOB', help='its id')
 
 
+def _add_filters(verb: parser.Parser) -> None:
+    # They stand before the verb "list", or behind it, or without it.
+    verb.add_argument(
+        '--state', choices=('open', 'done', 'failed', 'cancelled'),
+        default=argparse.SUPPRESS, help='only those in this state',
+    )
+    verb.add_argument(
+        '--volume', metavar='VOLUME', default=argparse.SUPPRESS,
+        help='only those about this volume',
+    )
+    verb.add_argument(
+        '--all-projects', action='store_true', default=argparse.SUPPRESS,
+        help='also of other projects (administrators only)',
+    )
+    verb.add_argument(
+        '--limit', type=values.count, metavar='NUMBER',
+        default=argparse.SUPPRESS,
+        help=f'no more than so many; by default {LISTED}',
+    )
+
+
 def show_backends(session: Session, args: argparse.Namespace) -> None:
     show.many(_backends(session), show.BACKENDS, session.format)
 
@@ -90,12 +97,13 @@ def show_pools(session: Session, args: argparse.Namespace) -> None:
 
 def show_jobs(session: Session, args: argparse.Namespace) -> None:
     client = session.client
-    name = getattr(args, 'volume', None)
+    given = vars(args)
+    name = given.get('volume')
     rows = client.pages(
-        '/os-volume-jobs', 'jobs', getattr(args, 'limit', None) or LISTED,
-        state=getattr(args, 'state', None),
+        '/os-volume-jobs', 'jobs', given.get('limit', LISTED),
+        state=given.get('state'),
         volume_id=find.volume(client, name) if name else None,
-        all_tenants=1 if getattr(args, 'all_projects', False) else None,
+        all_tenants=1 if given.get('all_projects') else None,
     )
     show.many([show.job(row) for row in rows], show.JOBS, session.format)
 

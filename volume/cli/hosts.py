@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import socket
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from volume import errors
+from volume import model
 from volume.cli import find
 from volume.cli import parser
 from volume.cli import show
@@ -23,6 +24,9 @@ from volume.cli.client import Json
 from volume.cli.parser import Verbs
 from volume.cli.values import Usage
 from volume.cli.wait import Session
+
+if TYPE_CHECKING:
+    from volume.connector.base import Connector
 
 
 def add(verbs: Verbs) -> None:
@@ -102,7 +106,7 @@ def attach(session: Session, args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as undo:
         undo.callback(_give_back, session, made['id'])
         connector = here.find(connection.protocol)
-        undo.callback(connector.detach, connection)
+        undo.callback(_let_go, connector, connection)
         location = connector.attach(connection)
         client.post(
             f'/attachments/{made["id"]}/action', {'os-complete': None},
@@ -130,7 +134,14 @@ def detach(session: Session, args: argparse.Namespace) -> None:
     for each in ending:
         if info := each['connection_info']:
             connection = here.connection(info)
-            here.find(connection.protocol).detach(connection)
+            try:
+                connector = here.find(connection.protocol)
+            except errors.Unsupported:
+                # If it is another host's, there is nothing to let go here.
+                if not (args.host or args.attachment):
+                    raise
+            else:
+                connector.detach(connection)
         with contextlib.suppress(errors.NotFound):
             client.delete(f'/attachments/{each["id"]}')
     show.done(
@@ -146,6 +157,13 @@ def force_detach(session: Session, args: argparse.Namespace) -> None:
         which['attachment_id'] = args.attachment
     elif args.host:
         which['connector'] = {'host': args.host}
+        if not any(session.client.pages(
+            '/attachments', 'attachments', 1, volume_id=volume_id,
+            attached_host=args.host,
+        )):
+            raise errors.Invalid(
+                f'volume {volume_id} is not attached to {args.host}'
+            )
     session.client.post(
         f'/volumes/{volume_id}/action', {'os-force_detach': which}
     )
@@ -187,6 +205,8 @@ def _ending(
         '/attachments/detail', 'attachments', volume_id=volume_id,
         attached_host=name,
     ))
+    # What an instance uses is its compute service's to end.
+    mine = [each for each in mine if not each['instance']]
     if mine:
         return mine
     others = list(client.pages(
@@ -194,8 +214,8 @@ def _ending(
     ))
     if others:
         raise errors.Invalid(
-            f'volume {volume_id} is attached, but not to {name}; name the '
-            'host with --host, or the attachment: '
+            f'volume {volume_id} is attached, but not by "volume attach" on '
+            f'{name}; say which with --host or --attachment: '
             + ', '.join(str(each['id']) for each in others)
         )
     raise errors.Invalid(f'volume {volume_id} is not attached')
@@ -209,6 +229,13 @@ def _give_back(session: Session, attachment_id: str) -> None:
             f'attachment {attachment_id} is left behind: {failed}; end it '
             'with "volume detach"'
         )
+
+
+def _let_go(connector: Connector, connection: model.Connection) -> None:
+    try:
+        connector.detach(connection)
+    except errors.VolumeError as failed:
+        show.note(f'it is still connected to this host: {failed}')
 
 
 def _shown(row: Json) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import argparse
 import io
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import volume
@@ -58,7 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A name that this terminal cannot show is shown another way.
             stream.reconfigure(errors='backslashreplace')
-    args = make_parser().parse_args(argv)
+    top = make_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        '\n'.join(words).encode()
+    except UnicodeError:
+        top.error('an argument is not valid text')
+    args = top.parse_args(words)
     try:
         code: int | None = args.run(_session(args, os.environ), args)
         sys.stdout.flush()
@@ -97,6 +104,7 @@ def make_parser() -> parser.Parser:
 def _session(
     args: argparse.Namespace, environ: Mapping[str, str]
 ) -> Session:
+    timeout_s: float | None = getattr(args, 'timeout', None)
     return Session(
         client.Client(
             args.url or environ.get('VOLUME_URL') or client.DEFAULT_URL,
@@ -106,7 +114,7 @@ def _session(
         ),
         args.format,
         wait=getattr(args, 'wait', True),
-        timeout_s=getattr(args, 'timeout', None),
+        late=time.monotonic() + timeout_s if timeout_s is not None else 0.0,
     )
 
 

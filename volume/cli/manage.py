@@ -16,8 +16,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sqlalchemy
@@ -36,7 +35,7 @@ from volume.db import migrate
 from volume.db import models
 from volume.db.engine import Database
 from volume.drivers import base
-from volume.flows import reconcile
+from volume import reconcile
 from volume.node import Node
 
 Args = argparse.Namespace

@@ -70,13 +70,25 @@ def verb(
     return parser
 
 
-def group(verbs: Verbs, name: str, help: str, *, default: Run | None) -> Verbs:
-    """Declare a noun that has verbs of its own."""
+def group(
+    verbs: Verbs,
+    name: str,
+    help: str,
+    *,
+    default: Run | None = None,
+    options: Callable[[Parser], None] = lambda parser: None,
+) -> Verbs:
+    """Declare a noun that has verbs of its own.
+
+    Without a verb it does what ``default`` does, which takes ``options``:
+    their defaults must be ``argparse.SUPPRESS``.
+    """
     parser: Parser = verbs.add_parser(
         name, help=help, description=f'{help[0].upper()}{help[1:]}.',
     )
     if default is not None:
         parser.set_defaults(run=default)
+        options(parser)
     common(parser, is_verb=True)
     return parser.add_subparsers(
         title='verbs', metavar='VERB', required=default is None,

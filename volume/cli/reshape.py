@@ -74,7 +74,7 @@ def _add_upload(verbs: Verbs) -> None:
     )
     _add_volume(verb)
     verb.add_argument(
-        'url', metavar='URL',
+        'target', metavar='URL',
         help='where the image goes, like file:///… on the service\'s node; '
              'there must be nothing yet',
     )
@@ -149,7 +149,7 @@ def flatten(session: Session, args: argparse.Namespace) -> None:
 def upload(session: Session, args: argparse.Namespace) -> None:
     volume_id = _act(session, args, 'uploading', {
         'os-volume_upload_image': {
-            'image_name': args.url,
+            'image_name': args.target,
             'disk_format': args.image_format,
             'force': args.force,
         },

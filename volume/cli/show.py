@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from volume.cli.client import Json
 from volume.cli.values import human
+from volume.cli.values import Usage
 
 FORMATS = ('table', 'json', 'id')
 
@@ -189,6 +190,8 @@ def one(thing: Json, format: str) -> None:
     if format == 'json':
         _print_json(thing)
     elif format == 'id':
+        if 'id' not in thing:
+            raise Usage('what is shown here has no id; use table or json')
         print(thing['id'])
     else:
         width = max(len(key) for key in thing)

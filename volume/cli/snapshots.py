@@ -23,7 +23,6 @@ def add(verbs: Verbs) -> None:
     """Declare the verbs."""
     verbs = parser.group(
         verbs, 'snapshot', 'keep what a volume holds at one moment',
-        default=None,
     )
     _add_create(verbs)
     verb = parser.verb(

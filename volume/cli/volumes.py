@@ -254,7 +254,12 @@ def _make(
     )
     what = f'creating volume {args.name or volume_id}'
     if session.wait:
-        wait.follow(session, ticket, volume_id, what)
+        try:
+            wait.follow(session, ticket, volume_id, what)
+        except wait.Failed as failed:
+            raise wait.Failed(
+                f'{failed}; end it with "volume delete {volume_id}"'
+            ) from None
         row = wait.settled(
             session, lambda: get(session, volume_id), what
         )

@@ -12,17 +12,25 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from volume import errors
 from volume.cli import meter
 from volume.cli.client import Client
 from volume.cli.client import Json
 
+T = TypeVar('T')
+
 PAUSE_S = 0.05
-PAUSE_MAX_S = 1.0
+PAUSE_MAX_S = 0.5
 PAUSE_GROWTH = 1.5
+METER_S = 1.0
 SILENCE_S = 60.0  # how long the service may be away while we wait
 UNSETTLED = frozenset({'creating', 'downloading'})
+
+
+class Failed(errors.VolumeError):
+    """The work has begun and has failed, or was cancelled."""
 
 
 class Late(errors.Unknown):
@@ -35,12 +43,16 @@ class Interrupted(errors.Unknown):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Session:
-    """How to reach the service, and how its user wants to be answered."""
+    """How to reach the service, and how its user wants to be answered.
+
+    ``late`` is when the user waits no more, by the monotonic clock; 0 is
+    never.
+    """
 
     client: Client
     format: str
     wait: bool = True
-    timeout_s: float | None = None
+    late: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +75,7 @@ def follow(
 
     ``what`` is the work in a few words, like ``creating volume x``.
 
-    :raises VolumeError: the job has failed, or was cancelled
+    :raises Failed: the job has failed, or was cancelled
     :raises Late: the caller's time is over
     :raises Interrupted: the person's patience is
     """
@@ -71,16 +83,18 @@ def follow(
     try:
         # A job and what it works for are accepted at once: if it is not
         # there now, there is none.
-        job = _find(session.client, ticket, volume_id)
+        job = _patiently(
+            lambda: _find(session.client, ticket, volume_id), what
+        )
         if job is None:
             return False
         job = _watch(session, job, what)
     except KeyboardInterrupt:
         raise Interrupted(_goes_on(f'{what} goes on', job)) from None
     if job['state'] == 'cancelled':
-        raise errors.VolumeError(f'{what} was cancelled; job {job["id"]}')
+        raise Failed(f'{what} was cancelled; job {job["id"]}')
     if job['state'] != 'done':
-        raise errors.VolumeError(
+        raise Failed(
             f'{what} failed: {job["error"] or "it is not said why"}; '
             f'job {job["id"]}'
         )
@@ -89,8 +103,7 @@ def follow(
 
 def job(session: Session, job_id: str, what: str) -> Json:
     """Wait for a job that is known, and return it as it has ended."""
-    client = session.client
-    found: Json = client.get(f'/os-volume-jobs/{job_id}')['job']
+    found = _look(session.client, job_id)
     try:
         return _watch(session, found, what)
     except KeyboardInterrupt:
@@ -102,11 +115,10 @@ def settled(session: Session, look: Callable[[], Json], what: str) -> Json:
 
     Needed where a request was repeated, and an earlier one has the job.
     """
-    late = _deadline(session)
     pause_s = PAUSE_S
     while (thing := look())['status'] in UNSETTLED:
-        if late and time.monotonic() > late:
-            raise Late(_goes_on(f'{what} is not done yet', None))
+        if session.late and time.monotonic() > session.late:
+            raise Late(f'{what} is not done yet')
         time.sleep(pause_s)
         pause_s = min(pause_s * PAUSE_GROWTH, PAUSE_MAX_S)
     return thing
@@ -121,9 +133,13 @@ def _find(client: Client, ticket: Ticket, volume_id: str) -> Json | None:
     return None
 
 
+def _look(client: Client, job_id: str) -> Json:
+    found: Json = client.get(f'/os-volume-jobs/{job_id}')['job']
+    return found
+
+
 def _watch(session: Session, job: Json, what: str) -> Json:
-    client, late = session.client, _deadline(session)
-    heard = time.monotonic()
+    job_id, begun, late = job['id'], time.monotonic(), session.late
     pause_s = PAUSE_S
     shown = None
     try:
@@ -131,31 +147,32 @@ def _watch(session: Session, job: Json, what: str) -> Json:
             now = time.monotonic()
             if late and now >= late:
                 raise Late(_goes_on(f'{what} is not done yet', job))
-            time.sleep(min(pause_s, late - now) if late else pause_s)
-            pause_s = min(pause_s * PAUSE_GROWTH, PAUSE_MAX_S)
-            try:
-                job = client.get(f'/os-volume-jobs/{job["id"]}')['job']
-                heard = time.monotonic()
-            except (errors.Unavailable, errors.Unknown) as silent:
-                if time.monotonic() - heard > SILENCE_S:
-                    raise errors.Unavailable(_goes_on(
-                        f'{what} was accepted, but {silent}', job
-                    )) from None
             # What is done at once needs no bar.
-            if shown is None and pause_s == PAUSE_MAX_S:
+            if shown is None and now > begun + METER_S:
                 shown = meter.make(what)
             if shown is not None:
                 shown.show(job)
+            time.sleep(min(pause_s, late - now) if late else pause_s)
+            pause_s = min(pause_s * PAUSE_GROWTH, PAUSE_MAX_S)
+            job = _patiently(lambda: _look(session.client, job_id), what)
     finally:
         if shown is not None:
             shown.close()
     return job
 
 
-def _deadline(session: Session) -> float:
-    if session.timeout_s is None:
-        return 0.0
-    return time.monotonic() + session.timeout_s
+def _patiently(look: Callable[[], T], what: str) -> T:
+    """Return what is seen, even if the service is away for a while."""
+    heard = time.monotonic()
+    while True:
+        try:
+            return look()
+        except (errors.Unavailable, errors.Unknown) as silent:
+            if time.monotonic() - heard > SILENCE_S:
+                raise errors.Unavailable(
+                    f'{what} was accepted, but {silent}'
+                ) from None
+        time.sleep(PAUSE_MAX_S)
 
 
 def _goes_on(words: str, job: Json | None) -> str:

@@ -13,10 +13,8 @@ import os
 import random
 import sqlite3
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
-from typing import Any
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import sqlalchemy
 from sqlalchemy import event
@@ -100,12 +98,13 @@ class Database:
             return sqlalchemy.create_engine(
                 url, pool_size=20, max_overflow=20, pool_pre_ping=True,
                 isolation_level='REPEATABLE READ',  # see db/leases.py
+                hide_parameters=True,
             )
         path = sqlalchemy.make_url(url).database
         if path and path != ':memory:':
             os.makedirs(os.path.dirname(path) or '.', 0o700, exist_ok=True)
         engine = sqlalchemy.create_engine(
-            url, pool_size=20, max_overflow=40,
+            url, pool_size=20, max_overflow=40, hide_parameters=True,
             connect_args={'timeout': 30, 'check_same_thread': False},
         )
         event.listen(engine, 'connect', _prepare_sqlite)

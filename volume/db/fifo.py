@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 class FifoLock:
-    """First come, first served; measured far fairer than SQLite's busy wait."""
+    """First come, first served; far fairer than SQLite's busy wait."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()

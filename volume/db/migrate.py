@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 
+import sqlalchemy
 from alembic import command
 from alembic import config
 from alembic import script
 from alembic.runtime import migration
-import sqlalchemy
 
 from volume import errors
 from volume.db.engine import Database

@@ -97,7 +97,7 @@ def catch_up(pool: PoolDirectory, active: str) -> None:
     nothing else stands.
     """
     below = pool.header(active).backing
-    if below is None or pool.is_used(active) or not pool.is_top(below):
+    if below is None or not pool.is_top(below) or pool.is_top(active):
         return
     tree = pool.tree()
     if not tree.names.get(below) and tree.children[below] == {active}:

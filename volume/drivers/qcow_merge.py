@@ -304,5 +304,5 @@ def _mark(pool: PoolDirectory, name: str) -> None:
 def _is_marked(pool: PoolDirectory, name: str) -> bool:
     path = pool.layer_path(name)
     return pool.node.act(
-        f'see mark {name}', lambda: os.stat(path).st_mtime_ns == MARK_NS
+        f'probe mark {name}', lambda: os.stat(path).st_mtime_ns == MARK_NS
     )

@@ -9,6 +9,8 @@ and a tenth of a second.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import glob
 import os
 import shutil
 import subprocess
@@ -19,7 +21,6 @@ from typing import Any
 from oslo_config import cfg
 
 from volume.blockd import Blockd
-from volume.drivers import base
 from volume.node import Node
 from volume.testing import faults
 
@@ -52,15 +53,16 @@ def serve_blocks(test: unittest.TestCase, node: Node) -> None:
     test.addCleanup(stop)
 
 
-def settings(driver: type[base.Driver], **options: Any) -> Any:
+def settings(plugin: type[Any], **options: Any) -> Any:
     """Return an option group, as a section of a configuration file gives it.
 
-    Options that are not named have their defaults.
+    ``plugin`` is a class with ``options``, such as a driver; those that are
+    not named have their defaults.
     """
     conf = cfg.ConfigOpts()
     conf([], project='volume', default_config_files=[],
          default_config_dirs=[])
-    conf.register_opts(driver.options, group='backend')
+    conf.register_opts(plugin.options, group='backend')
     for name, value in options.items():
         conf.set_override(name, value, group='backend')
     return conf['backend']
@@ -135,7 +137,10 @@ def _xfs() -> str:
 
 
 def _mount_xfs() -> str:
+    _sweep()
     root = tempfile.mkdtemp(prefix='vx', dir='/tmp')
+    with open(os.path.join(root, 'owner'), 'w') as f:
+        f.write(str(os.getpid()))
     image, target = os.path.join(root, 'image'), os.path.join(root, 'mnt')
     try:
         os.mkdir(target)
@@ -155,6 +160,19 @@ def _mount_xfs() -> str:
     atexit.register(_unmount, root, target, os.getpid())
     os.unlink(image)  # the mount keeps it
     return target
+
+
+def _sweep() -> None:
+    """Unmount what a test process that was killed has left."""
+    for note in glob.glob('/tmp/vx*/owner'):
+        with contextlib.suppress(OSError, ValueError):
+            root = os.path.dirname(note)
+            with open(note) as f:
+                owner = int(f.read())
+            if os.stat(note).st_uid != os.getuid():
+                continue
+            if not os.path.exists(f'/proc/{owner}'):
+                _unmount(root, os.path.join(root, 'mnt'), os.getpid())
 
 
 def _unmount(root: str, target: str, owner: int) -> None:

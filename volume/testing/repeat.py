@@ -3,10 +3,10 @@
 
 For each method of a driver, for each act of it on the machine, for each
 fault: run the method, let the fault come up, call the method again; after a
-crash by a new driver on the same storage. Then everything must be as if nothing had
-happened: the same volumes and snapshots with the same bytes, and nothing
-left once they are deleted. A second pass deletes at once, as a flow's undo
-does.
+crash by a new driver on the same storage. Then everything must be as if
+nothing had happened: the same volumes and snapshots with the same bytes, and
+nothing left once they are deleted. A second pass deletes at once, as a
+flow's undo does.
 
 A driver author subclasses ``DriverFaultSuite`` with ``unittest.TestCase``
 and says how a driver is made over a given node; there is nothing else to

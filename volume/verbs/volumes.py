@@ -37,8 +37,9 @@ FORCE_DELETABLE = DELETABLE | {
 class NewVolume:
     """What a caller wants; ``id`` is minted by the caller, or by us.
 
-    ``image`` is ``{'url', 'format'?, 'checksum'?: 'sha256:…'}``. ``size_bytes``
-    may be ``None`` with a source volume or snapshot: then it is the source's.
+    ``image`` is ``{'url', 'format'?, 'checksum'?: 'sha256:…'}``.
+    ``size_bytes`` may be ``None`` with a source volume or snapshot: then it
+    is the source's.
     """
 
     size_bytes: int | None = None

@@ -11,8 +11,7 @@ never removed by it unless ``delete_orphans`` says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from sqlalchemy import func
 from sqlalchemy import select

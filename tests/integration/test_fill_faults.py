@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in and out, with a fault at every act."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable
+
+from tests import images
+from tests.integration import fill_case
+from tests.integration.fill_case import Case
+from volume import errors
+from volume import model
+from volume.drivers import base
+from volume.flows import fill
+from volume.node import Node
+from volume.testing import faults
+from volume.transfer import formats
+from volume.transfer.base import Source
+from volume.transfer.file import FileSource
+
+SIZE = images.VIRTUAL
+SPARE = 3 * images.MIB
+
+
+setUpModule = fill_case.setUpModule
+
+
+class Faults(Case):
+    """Whatever goes wrong at whichever act, the next try is right."""
+
+    def runs(
+        self, work: Callable[[Node, base.Driver], object],
+        prove: Callable[[], object],
+    ) -> int:
+        count = 0
+        for nth in itertools.count(1):
+            fired = False
+            for fault in faults.every(nth):
+                node = faults.FaultyNode(self.node.state_dir, None)
+                driver = self.make_driver(node)
+                node.arm(fault)
+                with (
+                    self.subTest(fault),
+                    contextlib.suppress(faults.Crash, errors.VolumeError),
+                ):
+                    work(node, driver)
+                fired |= node.fired
+                with self.subTest(fault):
+                    work(self.node, self.driver)
+                    prove()
+                count += 1
+            if not fired:
+                return count
+        return count
+
+    def test_a_fill_that_failed_anywhere_is_right_the_next_time(self) -> None:
+        self.data = images.disk(images.MIB)
+        for kind, is_file in (
+            ('raw', True), ('raw', False), ('qcow2', True), ('qcow2', False),
+        ):
+            path = self.image(kind)
+            source, url = self.both(path)[0 if is_file else 1]
+            volume = self.volume(2 * images.MIB, dirt=b'\xee')
+
+            def work(
+                node: Node, driver: base.Driver, v: model.Volume = volume,
+                s: Source = source, u: str = url,
+            ) -> None:
+                self.fill(
+                    v, type(s)(self.settings, node), u,  # type: ignore
+                    node=node, driver=driver)
+
+            def prove(v: model.Volume = volume) -> None:
+                expected = self.data + bytes(images.MIB)
+                self.assertTrue(self.bytes_of(v) == expected)
+                self.assert_no_spool()
+
+            with self.subTest(kind, url=url):
+                self.assertGreater(self.runs(work, prove), 20)
+
+    def test_an_upload_that_failed_anywhere_is_there_once(self) -> None:
+        self.data = images.disk(images.MIB)
+        volume = self.volume(images.MIB)
+        with open(self.path(volume), 'r+b') as f:
+            f.write(self.data)
+        for image_format in ('raw', 'qcow2'):
+
+            def work(
+                node: Node, driver: base.Driver, f: str = image_format
+            ) -> None:
+                fill.upload(
+                    driver, volume, FileSource(self.settings, node),
+                    f'file://{self.images}/up', format=f, node=node,
+                    spool_directory=self.spool, token='job.1')
+
+            def prove(f: str = image_format) -> None:
+                path = f'{self.images}/up'
+                self.assertEqual(['up'], os.listdir(self.images))
+                info = formats.inspect(path, f)
+                self.assertEqual(images.MIB, info.virtual_size_bytes)
+                target = self.volume(images.MIB)
+                self.fill(target, self.file, f'file://{path}')
+                self.assertTrue(self.bytes_of(target) == self.data)
+                self.driver.delete(target)
+                os.unlink(path)
+
+            with self.subTest(image_format):
+                self.assertGreater(self.runs(work, prove), 20)
