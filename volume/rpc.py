@@ -15,17 +15,13 @@ import logging
 import re
 import socket
 import threading
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import oslo_messaging as messaging
 from amqp.exceptions import AMQPError  # type: ignore[import-untyped]
 from kombu.exceptions import KombuError
 from oslo_config import cfg
-from oslo_messaging import opts as messaging_opts
-from oslo_messaging._metrics import client as metrics
-from oslo_messaging._tracing import client as tracing
-from oslo_messaging.rpc import server as messaging_server
 
 from volume import errors
 from volume.context import Caller
@@ -33,6 +29,15 @@ from volume.context import current_request
 from volume.context import new_request_id
 from volume.notify import Notify
 from volume.rpcverb import verbs_of
+
+with warnings.catch_warnings():
+    # It imports eventlet, which tells every user that it will retire.
+    warnings.simplefilter('ignore')
+    import oslo_messaging as messaging
+    from oslo_messaging import opts as messaging_opts
+    from oslo_messaging._metrics import client as metrics
+    from oslo_messaging._tracing import client as tracing
+    from oslo_messaging.rpc import server as messaging_server
 
 LOG = logging.getLogger(__name__)
 

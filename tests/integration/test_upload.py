@@ -19,7 +19,6 @@ from volume.testing import fixtures
 from volume.transfer import formats
 
 SIZE = images.VIRTUAL
-SPARE = 3 * images.MIB
 
 
 setUpModule = fill_case.setUpModule

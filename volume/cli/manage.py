@@ -30,12 +30,12 @@ from volume import conf as options
 from volume import errors
 from volume import locks
 from volume import logs
+from volume import reconcile
 from volume.blockd import Blockd
 from volume.db import migrate
 from volume.db import models
 from volume.db.engine import Database
 from volume.drivers import base
-from volume import reconcile
 from volume.node import Node
 
 Args = argparse.Namespace
