@@ -139,14 +139,15 @@ class Service:
                 return ''.join(f.readlines()[-LOG_LINES:])
         return ''
 
-    def stored_bytes(self, backend: str) -> int:
-        """Return what a backend's directory really takes on the disk."""
+    def stored_bytes(self, *backends: str) -> int:
+        """Return what backends' directories really take on the disk."""
         total = 0
-        for where, _, names in os.walk(self._path(backend)):
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    path = os.path.join(where, name)
-                    total += os.lstat(path).st_blocks * 512
+        for backend in backends:
+            for where, _, names in os.walk(self._path(backend)):
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        path = os.path.join(where, name)
+                        total += os.lstat(path).st_blocks * 512
         return total
 
     # REST.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+from typing import Any
 
 import demo_image
 from demo_disk import Disk
@@ -277,8 +278,8 @@ class Demo:
                 for format, backend, path in made
             }
             done = until(
-                lambda: self.progress(step), lambda all: min(all) >= 10,
-                'both creates to be half way',
+                lambda: self.progress(step), lambda done: min(done) >= 10,
+                'both creates to be on their way',
             )
             self.service.kill()
             self.web.slow_s = 0.0
@@ -354,12 +355,10 @@ class Demo:
             self.clone_disk.detach()
             for volume_id in (self.clone_id, *self.crashed):
                 self.service.delete('volume', volume_id)
-            for backend in 'fast', 'archive':
-                until(
-                    lambda name=backend: self.service.stored_bytes(name),
-                    lambda stored: stored < MIB,
-                    f'the storage of {backend} to be empty',
-                )
+            until(
+                lambda: self.service.stored_bytes('fast', 'archive'),
+                lambda stored: stored < MIB, 'the storage to be empty',
+            )
             self.screen.check(
                 not self.claimed_bytes(), 'deleted volumes keep their claim'
             )
@@ -398,7 +397,7 @@ class Demo:
             self.service.act(self.volume_id, action, **info)
             raise Failed(f'{action} of an attached volume was accepted')
 
-    def settle(self, volume_id: str, step: Step) -> dict[str, object]:
+    def settle(self, volume_id: str, step: Step) -> dict[str, Any]:
         self.screen.checks += 1
         return self.service.settle('volume', volume_id, 'available', step)
 
@@ -410,9 +409,9 @@ class Demo:
         step.doing(' and '.join(f'{each} %' for each in done))
         return done
 
-    def backends(self) -> list[dict[str, object]]:
+    def backends(self) -> list[dict[str, Any]]:
         found = self.service.client.get('/os-volume-backends')
-        listed: list[dict[str, object]] = found['backends']
+        listed: list[dict[str, Any]] = found['backends']
         return listed
 
     def states(self) -> dict[str, str]:

@@ -343,6 +343,11 @@ class Node:
             finally:
                 _held.reset(token)
 
+    def forget_locks(self, names: Sequence[str]) -> None:
+        """Remove the lock files of what no longer exists."""
+        for name in names:
+            locks.forget(os.path.join(self.state_dir, 'locks'), name)
+
 
 class File(io.RawIOBase):
     """A file of the node, unbuffered; writes and syncs are acts."""

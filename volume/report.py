@@ -28,7 +28,18 @@ def report(
         row.updated_at = now
         _settings(row, backend.conf)
         _pools(session, backend, host, now)
+    _retire(session, {backend.name for backend in backends}, host)
     _devices(session)
+
+
+def _retire(session: Session, names: set[str], host: str) -> None:
+    """Take down the backends that this manager no longer has."""
+    for row in session.scalars(
+        select(models.Backend).where(models.Backend.host == host)
+    ):
+        if row.name not in names:
+            row.is_up = False
+            row.reason = f'it is not enabled on {host}'
 
 
 def _settings(row: models.Backend, conf: Any) -> None:

@@ -32,6 +32,7 @@ from volume.notify import Notify
 LOG = logging.getLogger(__name__)
 
 POLL_S = 0.02
+LAST = frozenset({'delete', 'delete_snapshot', 'disown'})
 ENDED_MAX = 1000  # answers kept for callers that have yet to ask
 
 
@@ -191,8 +192,12 @@ class Runner:
         pools = list(self._pools.values())
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
+        renewed = time.monotonic()
         while self.busy() and time.monotonic() < deadline:
             time.sleep(POLL_S)
+            if time.monotonic() - renewed > self.settings.lease_s / 3:
+                self.renew()
+                renewed = time.monotonic()
         self._stopping = True
         for pool in pools:
             pool.shutdown(wait=True)
@@ -257,6 +262,8 @@ class Runner:
             )
             self._abandon(job.row)
         if job.row.state != 'open':
+            if job.row.kind in LAST:
+                self._node.forget_locks(job.row.exclusive)
             ended = Ended(
                 job.row.state, job.row.error_kind, job.row.error, job.answer
             )

@@ -100,22 +100,23 @@ class Service:
         if migrate.current(self.db) is None:
             migrate.upgrade(self.db)
         migrate.require(self.db)
+        # What is entered last ends first: the doors, then the work.
+        self._stack.callback(self.db.close)
+        self._stack.callback(self._notifier.stop)
+        self._stack.callback(self._forget_service)
+        self._stack.callback(
+            self.runner.drain, self.conf.graceful_shutdown_timeout_s
+        )
         if 'manager' in self.conf.roles:
             self._start_manager()
         if 'api' in self.conf.roles:
             self._start_api()
 
     def stop(self) -> None:
-        """Drain: no new work, running steps end, leases go back."""
+        """Drain: the doors close, running steps end, leases go back."""
         self._stop.set()
         self.runner.wake()
-        with self._stack:
-            self._stack.callback(self.db.close)
-            self._stack.callback(self._notifier.stop)
-            self._stack.callback(self._forget_service)
-            self._stack.callback(
-                self.runner.drain, self.conf.graceful_shutdown_timeout_s
-            )
+        self._stack.close()
         for thread in self._threads:
             thread.join(timeout=10)
 
@@ -183,7 +184,12 @@ class Service:
         return wake
 
     def _start_manager(self) -> None:
-        self.node.make_directory(os.path.join(self.node.state_dir, 'spool'))
+        spool = os.path.join(self.node.state_dir, 'spool')
+        self.node.make_directory(spool)
+        # The state directory is ours alone, and no job has begun: what is
+        # spooled there belongs to a try that died with its process.
+        for name in self.node.list(spool):
+            self.node.unlink(os.path.join(spool, name))
         self.runner.void_earlier()
         self._end_private_exports()
         _check_all(self.runner.backends, CHECK_WAIT_S)

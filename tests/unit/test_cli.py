@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line without a service: words, sizes, tables, lines."""
+
+import argparse
+import contextlib
+import io
+import shlex
+import subprocess
+import sys
+import unittest
+
+from volume.cli import main
+from volume.cli import meter
+from volume.cli import show
+from volume.cli import values
+
+JOB = {
+    'state': 'open', 'direction': 'do', 'attempts': 0, 'error': '',
+    'cancelling': False, 'done_bytes': 0, 'total_bytes': 0,
+    'rate_bytes_per_s': 0,
+}
+
+
+class Values(unittest.TestCase):
+
+    def test_sizes_count_by_1024_and_are_exact(self):
+        for text, size_bytes in {
+            '512B': 512, '1K': 1024, '512M': 512 << 20, '10G': 10 << 30,
+            '10GiB': 10 << 30, '10 g': 10 << 30, '1.5T': 3 << 39,
+            '0.5k': 512, '3P': 3 << 50, '1023.5K': 1023 * 1024 + 512,
+        }.items():
+            with self.subTest(text=text):
+                self.assertEqual(size_bytes, values.size(text))
+
+    def test_a_size_that_means_two_things_or_none_is_refused(self):
+        for text in (
+            '', '10', '10GB', '10MB', 'G', '-1G', '0G', '1e3G', '1,5G',
+            '10X', '10iB', '1.3K', '0.1G', '1B', '9999999P', '1.G', '٣G',
+            'nanG', '10 G B',
+        ):
+            with self.subTest(text=text):
+                with self.assertRaises(argparse.ArgumentTypeError):
+                    values.size(text)
+
+    def test_only_a_whole_size_looks_whole(self):
+        for size_bytes, text in {
+            0: '0 B', 512: '512 B', 1024: '1 KiB', 3 << 39: '1.5 TiB',
+            10 << 30: '10 GiB', (10 << 30) + 512: '10.0 GiB',
+        }.items():
+            self.assertEqual(text, values.human(size_bytes))
+
+    def test_times_have_units(self):
+        self.assertEqual(
+            [30, 90, 600, 7200, 0.5],
+            [values.duration(t) for t in ('30', '90s', '10m', '2h', '0.5s')],
+        )
+        for text in '', 'soon', '-1', '1w', '1 m', 'inf':
+            with self.assertRaises(argparse.ArgumentTypeError):
+                values.duration(text)
+
+
+class Help(unittest.TestCase):
+
+    def test_every_verb_has_an_example_that_is_right(self):
+        seen = 0
+        for verb in verbs(main.make_parser()):
+            with self.subTest(verb=verb.prog):
+                example = verb.get_default('example')
+                self.assertTrue(
+                    example.startswith(f'{verb.prog} ')
+                    or example == verb.prog, example,
+                )
+                self.assertIn(example, verb.format_help())
+                parsed = main.make_parser().parse_args(
+                    shlex.split(example)[1:]
+                )
+                self.assertIs(verb.get_default('run'), parsed.run)
+                seen += 1
+        self.assertGreater(seen, 25)
+
+    def test_options_stand_before_or_behind_the_verb(self):
+        for words in '--format json list', 'list --format json':
+            parsed = main.make_parser().parse_args(words.split())
+            self.assertEqual('json', parsed.format)
+        for words in 'jobs --limit 3', 'jobs list --limit 3', \
+                'jobs --limit 3 list':
+            parsed = main.make_parser().parse_args(words.split())
+            self.assertEqual(3, parsed.limit)
+
+    def test_nothing_slow_is_imported_to_start(self):
+        slow = ('rich', 'requests', 'sqlalchemy', 'oslo_config', 'stevedore')
+        done = subprocess.run(
+            [sys.executable, '-c',
+             'import sys; from volume.cli import main; main.make_parser(); '
+             f'sys.exit(repr(set({slow}) & set(sys.modules)))'],
+            capture_output=True, text=True, timeout=60,
+        )
+        self.assertEqual('set()', done.stderr.strip())
+
+
+class Shown(unittest.TestCase):
+
+    def test_no_terminal_takes_a_name_for_commands(self):
+        self.assertEqual('a?[31mb?c?d', show.clean('a\x1b[31mb\nc\x9bd'))
+        for things in {'name': 'x\x1b[2J\ny'}, [{'name': 'x\x1b[2J\ny'}]:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                if isinstance(things, dict):
+                    show.one(things, 'table')
+                else:
+                    show.many(things, [
+                        show.Column('NAME', lambda row: row['name'])
+                    ], 'table')
+            self.assertIn('x?[2J?y', out.getvalue())
+
+    def test_a_table_is_as_wide_as_its_widest_cell(self):
+        out = io.StringIO()
+        columns = [
+            show.Column('A', lambda row: row['a']),
+            show.Column('B', lambda row: row['b']),
+        ]
+        with contextlib.redirect_stdout(out):
+            show.many(
+                [{'a': 'long', 'b': None}, {'a': 1, 'b': 2}], columns, 'table'
+            )
+        self.assertEqual('A     B\nlong\n1     2\n', out.getvalue())
+
+
+class Lines(unittest.TestCase):
+
+    def setUp(self):
+        self.now = 0.0
+        self.out = io.StringIO()
+        self.lines = meter.Lines('creating x', self.out, lambda: self.now)
+
+    def show(self, at, **changes):
+        """Return what is printed when a job is seen at a time."""
+        self.now = at
+        self.out.truncate(self.out.seek(0))
+        self.lines.show({**JOB, **changes})
+        return self.out.getvalue()
+
+    def test_a_line_now_and_then_if_there_is_something_new(self):
+        half = {'done_bytes': 1 << 20, 'total_bytes': 2 << 20,
+                'rate_bytes_per_s': 1024}
+        self.assertEqual('', self.show(1, **half))
+        self.assertEqual(
+            'creating x: 1 MiB of 2 MiB, 1 KiB/s\n', self.show(5, **half)
+        )
+        self.assertEqual('', self.show(6, **{**half, 'done_bytes': 5}))
+        self.assertEqual('', self.show(11, **half))
+        self.assertNotEqual('', self.show(16, **{**half, 'done_bytes': 5}))
+
+    def test_what_keeps_a_job_is_said_at_once_and_once(self):
+        trouble = {'attempts': 1, 'error': 'the backend is down'}
+        self.assertEqual(
+            'creating x: it will be tried again: the backend is down\n',
+            self.show(0.1, **trouble),
+        )
+        self.assertEqual('', self.show(0.2, **trouble))
+        self.assertIn('undone', self.show(
+            0.3, direction='undo', error='the pool is full'
+        ))
+
+
+def verbs(parser):
+    """Yield the parsers of all verbs that have no verbs of their own."""
+    nested = [
+        action for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+    ]
+    if not nested:
+        yield parser
+    for action in nested:
+        for each in dict.fromkeys(action.choices.values()):
+            yield from verbs(each)
