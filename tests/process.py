@@ -52,7 +52,9 @@ class ServiceProcess:
         directories: tuple[str, ...] = ('pool',),
         extra: str = '',
         backends: str = 'b',
+        path: str = '',
     ) -> None:
+        self.environment = os.environ | ({'PYTHONPATH': path} if path else {})
         self.root = tempfile.mkdtemp(prefix='vs', dir='/tmp')
         test.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
         self.state = os.path.join(self.root, 's')
@@ -84,6 +86,7 @@ class ServiceProcess:
             self.process = subprocess.Popen(
                 [f'{BIN}/volume-service', '--config-file', self.conf_file],
                 stdout=subprocess.PIPE, stderr=log, text=True,
+                env=self.environment,
             )
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -183,4 +186,5 @@ class ServiceProcess:
         return subprocess.run(
             [f'{BIN}/volume-manage', '--config-file', self.conf_file, *argv],
             capture_output=True, text=True, timeout=120,
+            env=self.environment,
         )

@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(screen: Screen, is_small: bool) -> None:
     _check_machine(is_small)
     screen.say(
-        f'volume-service {volume.__version__} on {platform.system()} '
-        f'{platform.release()}, {os.cpu_count()} processors, '
-        f'Python {platform.python_version()}\n', '1',
+        f'volume-service {volume.__version__} on {_system()}, '
+        f'{os.cpu_count()} processors, Python {platform.python_version()}\n',
+        '1',
     )
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(
@@ -100,6 +100,13 @@ def _check_machine(is_small: bool) -> None:
             f'{tempfile.gettempdir()} has {size(free)} free and '
             f'{size(needed)} are needed; set TMPDIR, or use --small'
         )
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()['PRETTY_NAME']
+    except (OSError, KeyError):
+        return platform.system()
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -52,13 +52,15 @@ class Family:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for number, limit_s in (
-            (signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)
-        ):
-            if self._all_end(number, limit_s):
-                break
+        ended = (
+            self._all_end(signal.SIGTERM, TERM_S)
+            or self._all_end(signal.SIGKILL, KILL_S)
+        )
         self._stop.set()
         self._thread.join()
+        if not ended:
+            left = ', '.join(map(str, _descendants(os.getpid())))
+            raise Failed(f'processes that do not end: {left}')
 
     def start(
         self,

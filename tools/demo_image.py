@@ -33,10 +33,6 @@ class Image:
     size_bytes: int
     checksum: str
 
-    @property
-    def qcow2_bytes(self) -> int:
-        return os.path.getsize(self.qcow2)
-
 
 def make(family: Family, directory: str, content_bytes: int) -> Image:
     """Make an image that holds about so many bytes of files."""

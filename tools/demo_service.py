@@ -126,17 +126,29 @@ class Service:
             '--config-file', self._path('volume.conf'), *words,
             codes=(0, 1),
         )
-        try:
-            found: list[Json] = json.loads(said)
-        except ValueError:
-            raise Failed(f'volume-manage {" ".join(words)}: {said}') from None
+        found: list[Json] = _json(f'volume-manage {" ".join(words)}', said)
+        return found
+
+    def command(self, *words: str) -> Json:
+        """Return what a verb of ``volume`` answers.
+
+        :raises Failed: it is refused, or fails
+        """
+        _, said = self._family.run(
+            _command('volume'), '--url', self.url, '--format', 'json', *words
+        )
+        found: Json = _json(f'volume {" ".join(words)}', said)
         return found
 
     def log_tail(self) -> str:
-        """Return the last lines that the service has logged."""
+        """Return the last lines that the service has logged.
+
+        That it was looked at again and again is left out.
+        """
         with contextlib.suppress(OSError):
             with open(self._path('service.log'), errors='replace') as f:
-                return ''.join(f.readlines()[-LOG_LINES:])
+                lines = [line for line in f if '"GET /v3/' not in line]
+                return ''.join(lines[-LOG_LINES:])
         return ''
 
     def stored_bytes(self, *backends: str) -> int:
@@ -254,6 +266,13 @@ def until(
 def percent(job: Json) -> int:
     """Return how far a job is."""
     return 100 * int(job['done_bytes']) // max(int(job['total_bytes']), 1)
+
+
+def _json(command: str, said: str) -> Any:
+    try:
+        return json.loads(said)
+    except ValueError:
+        raise Failed(f'{command}: {said}') from None
 
 
 def _command(name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,9 +142,35 @@ def _load(
     for option in driver.options:
         if option.required and group[option.dest] is None:
             raise errors.Invalid(f'option {option.name} is missing')
+    _refuse_overlap(conf, group, driver, node)
     return Backend(
         name, group, driver(group, node), exporter(group, node)
     )
+
+
+def _refuse_overlap(
+    conf: cfg.ConfigOpts, group: Any, driver: Any, node: Node
+) -> None:
+    """Refuse image directories that hold volumes, or the service's state.
+
+    Whoever may name an image there could read another project's volume.
+    """
+    paths = [node.state_dir]
+    for option in driver.options:
+        value = group[option.dest]
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and os.path.isabs(each):
+                paths.append(each)
+    for images in (
+        *conf.image_allowed_directories, *conf.image_upload_directories
+    ):
+        for path in paths:
+            real = os.path.realpath(path), os.path.realpath(images)
+            if os.path.commonpath(real) in real:
+                raise errors.Invalid(
+                    f'image directory {images} and {path} lie in each other: '
+                    'images must be apart from volumes and from state_path'
+                )
 
 
 def _pick(classes: dict[str, Any], name: str | None, what: str) -> Any:

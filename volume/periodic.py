@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from volume.db import jobs
 from volume.db import leases
 from volume.db import models
 from volume.drivers import base
+from volume.node import Node
 from volume.verbs import attachments
 from volume.verbs import rows
 
@@ -149,6 +151,16 @@ def upkeep(backends: Iterable[Backend]) -> None:
                 LOG.warning(
                     'upkeep of %s#%s: %s', backend.name, pool, failed
                 )
+
+
+def sweep_spool(node: Node, directory: str) -> None:
+    """Remove what an earlier process was downloading.
+
+    A job that goes on begins its download again, under a new token.
+    """
+    for name in node.list(directory):
+        if name.endswith('.spool'):
+            node.unlink(os.path.join(directory, name))
 
 
 def forget(core: Core, retention_s: float) -> None:

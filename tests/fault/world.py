@@ -89,7 +89,7 @@ class World:
         test.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
         self.state = os.path.join(self.directory, 's')
         self.images = os.path.join(self.directory, 'images')
-        for path in (self.state, self.images):
+        for path in (self.state, self.images, self.state + '/spool'):
             os.mkdir(path)
         self._conf_file = os.path.join(self.directory, 'volume.conf')
         with open(self._conf_file, 'w') as f:
@@ -137,6 +137,7 @@ class World:
     def restart(self) -> None:
         """Come back after whatever happened, and recover everything."""
         self.boot(None)
+        periodic.sweep_spool(self.node, self.state + '/spool')
         self.recover()
         periodic.end_orphan_exports(self.core, self.backends)
         periodic.restore_exports(self.core, self.backends)
@@ -286,9 +287,7 @@ class World:
             exported = exporter.exported()
             if exported != connected:
                 wrong.append(f'exports {exported} != {connected}')
-        left = os.listdir(self.state + '/spool') if os.path.isdir(
-            self.state + '/spool'
-        ) else []
+        left = os.listdir(self.state + '/spool')
         if left:
             wrong.append(f'spool holds {left}')
         return wrong

@@ -249,16 +249,19 @@ class Sdk(unittest.TestCase):
         door.delete_attachment(attachment)
         self.assertEqual('available', door.get_volume(volume).status)
         door.set_volume_metadata(volume, c='d')
-        door.delete_volume_metadata(volume, ['a'])
+        door.delete_volume_metadata(volume, ['c'])
         self.assertEqual(
-            {'c': 'd'}, dict(door.fetch_volume_metadata(volume).metadata)
+            {'a': 'b'}, dict(door.fetch_volume_metadata(volume).metadata)
         )
         door.revert_volume_to_snapshot(volume, snapshot)
-        self.settled(volume)
+        self.settled(door.get_volume(volume))
         door.delete_snapshot(snapshot, ignore_missing=False)
         door.wait_for_delete(snapshot, interval=0.05)
         door.extend_volume(volume, 2)
-        self.assertEqual(2, self.settled(volume).size)
+        serving.until(
+            lambda: door.get_volume(volume),
+            lambda volume: (volume.status, volume.size) == ('available', 2),
+        )
         door.update_volume(volume, name='other')
         door.delete_volume(volume, ignore_missing=False)
         door.wait_for_delete(volume, interval=0.05)

@@ -73,7 +73,9 @@ class Server(unittest.TestCase):
         for _ in range(3):
             connection.request('GET', '/v3')
             sock = connection.sock
-            self.assertEqual(200, connection.getresponse().read() and 200)
+            answer = connection.getresponse()
+            answer.read()
+            self.assertEqual(200, answer.status)
             self.assertIs(sock, connection.sock)
 
     def test_a_unix_socket_is_for_its_owner_alone(self):
@@ -95,10 +97,23 @@ class Server(unittest.TestCase):
         with open(path, 'w') as f:
             f.write('x')
         made = server.Server(application, listen=f'unix:{path}')
-        with self.assertRaises(errors.Unavailable):
+        self.addCleanup(made.stop)
+        with self.assertRaisesRegex(errors.Unavailable, 'no socket'):
             made.start()
         with open(path) as f:
             self.assertEqual('x', f.read())
+
+    def test_a_socket_is_taken_over_only_from_the_dead(self):
+        path = os.path.join(fixtures.state_dir(self), 'api.sock')
+        first = self.serve(listen=f'unix:{path}')
+        second = server.Server(application, listen=f'unix:{path}')
+        self.addCleanup(second.stop)
+        with self.assertRaisesRegex(errors.Unavailable, 'somebody listens'):
+            second.start()
+        first.stop()
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(path)
+        self.serve(listen=f'unix:{path}')
 
     def test_what_is_longer_than_it_may_be_is_refused(self):
         made = self.serve()

@@ -3,6 +3,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import socket
 import unittest
@@ -174,6 +175,24 @@ class Volumes(commands.Cli):
         done = self.volume('status', code=1)
         self.assertIn('backend broken is down: ', done.stderr)
         self.assertIn('volumes', self.json('limits'))
+
+    def test_the_reference_names_every_key(self):
+        made = self.json('create', '--name', self.name(), '--size', '1M')
+        self.volume('attach', made['id'])
+        shown = [
+            self.json('show', made['id']),
+            *self.json('show', made['id'])['attachments'],
+            *self.json('attachments'), *self.json('jobs'),
+            *self.json('backends'), *self.json('pools'),
+            self.json('limits'),
+        ]
+        text = (
+            pathlib.Path(__file__).parents[2]
+            / 'doc/source/reference/cli.rst'
+        ).read_text()
+        for key in {key for each in shown for key in each}:
+            self.assertIn(f'``{key}``', text)
+        self.volume('detach', made['id'])
 
     def test_jobs_are_listed_and_shown(self):
         made = self.json('create', '--name', self.name(), '--size', '1M')

@@ -9,8 +9,10 @@ driver does not judge itself. The seed is in every message; set
 import json
 import os
 import random
+import re
 import subprocess
 import tempfile
+import threading
 import unittest
 
 from volume import errors
@@ -23,6 +25,8 @@ STEPS = 200
 SECTOR = 512
 CLUSTER = 65536
 MAX_BYTES = 12 * CLUSTER
+
+IN_THE_WAY = 'Failed to get|No such file|in use|not there|changed'
 
 
 class World:
@@ -41,13 +45,17 @@ class World:
         self.attached = {}  # volume id -> URI
         self.log = []
 
-    def restart(self):
+    def make_driver(self, **options):
         conf = fixtures.settings(
             qcow.QcowDriver, directories=[self.directory], max_depth=12,
-            merge_bytes_per_s=0,
+            **options,
         )
-        self.driver = qcow.QcowDriver(conf, self.node)
-        self.driver.check()
+        driver = qcow.QcowDriver(conf, self.node)
+        driver.check()
+        return driver
+
+    def restart(self):
+        self.driver = self.make_driver(merge_bytes_per_s=0)
 
     # What can happen. Each says whether it could.
 
@@ -75,15 +83,10 @@ class World:
             else:
                 commands.append(f'write -z -u {offset} {length}')
             image[offset:offset + length] = bytes([fill]) * length
-        target = self.attached.get(volume.id)
-        if target is None:
-            node = dict(self.driver.blocknode(volume))
-            target = 'json:' + json.dumps(node)
-            format_ = []
-        else:
-            format_ = ['-f', 'raw']
         words = [w for c in (*commands, 'flush') for w in ('-c', c)]
-        run('qemu-io', '-d', 'unmap', *format_, *words, target)
+        again(lambda: run(
+            'qemu-io', '-d', 'unmap', *words, *self.target(volume)
+        ))
         self.volumes[volume.id] = bytes(image)
         return True
 
@@ -194,9 +197,9 @@ class World:
         if not free:
             return False
         volume = self.volume(self.random.choice(free))
-        self.attached[volume.id] = self.node.blockd.export(
+        self.attached[volume.id] = again(lambda: self.node.blockd.export(
             volume.id, self.driver.blocknode(volume), writable=True
-        )
+        ))
         return True
 
     def detach(self):
@@ -254,14 +257,11 @@ class World:
         self.test.assertEqual(wanted, found, self.words())
 
     def assert_holds(self, source, image):
-        if isinstance(source, model.Volume) and source.id in self.attached:
-            words = ['-f', 'raw', self.attached[source.id]]
-        else:
-            node = dict(self.driver.blocknode(source))
-            words = ['json:' + json.dumps(read_only(node))]
         with tempfile.NamedTemporaryFile() as target:
-            # Another volume's chain may be open for writing below it.
-            run('qemu-img', 'convert', '-O', 'raw', *words, target.name)
+            again(lambda: run(
+                'qemu-img', 'convert', '-O', 'raw',
+                *self.target(source, True), target.name,
+            ))
             found = target.read()
         self.test.assertEqual(
             len(image), len(found), f'{source}: {self.words()}'
@@ -272,6 +272,16 @@ class World:
                 f'{source}: byte {at} is {found[at]}, not {image[at]}; '
                 + self.words()
             )
+
+    def target(self, source, is_read_only=False):
+        """Return how a tool of QEMU opens it."""
+        if isinstance(source, model.Volume) and source.id in self.attached:
+            return ['-f', 'raw', self.attached[source.id]]
+        node = dict(self.driver.blocknode(source))
+        if is_read_only:
+            node['read-only'] = True
+            node['file'] = {**node['file'], 'read-only': True}
+        return ['json:' + json.dumps(node)]
 
     def words(self):
         return f'VOLUME_SEED={self.seed}, steps {" ".join(self.log)}'
@@ -312,19 +322,49 @@ def run(*argv):
         raise AssertionError(f'{argv}: {done.stdout!r} {done.stderr!r}')
 
 
-def read_only(node):
-    """Return a block node that opens nothing for writing."""
-    node = {**node, 'read-only': True, 'file': {
-        **node['file'], 'read-only': True,
-    }}
-    return node
+def again(deed):
+    """Do it again while a merge that began just now is in the way."""
+    for left in reversed(range(20)):
+        try:
+            return deed()
+        except (AssertionError, errors.VolumeError) as failed:
+            if not left or not re.search(IN_THE_WAY, str(failed)):
+                raise
+
+
+def seed():
+    return int(os.environ.get('VOLUME_SEED') or random.randrange(10 ** 6))
 
 
 class RandomTest(unittest.TestCase):
 
     def test_every_name_keeps_its_bytes_whatever_is_done(self):
-        seed = int(os.environ.get('VOLUME_SEED') or random.randrange(10 ** 6))
-        world = World(self, seed)
+        self.play(World(self, seed()))
+
+    def test_merging_beside_all_other_work_changes_nothing(self):
+        world = World(self, seed())
+        other = world.make_driver(merge_bytes_per_s=4 << 20)
+        stop = threading.Event()
+        failures = []
+
+        def tend():
+            while not stop.is_set() and not failures:
+                try:
+                    other.upkeep(world.pool)
+                except BaseException as failed:
+                    failures.append(failed)
+                    raise
+
+        thread = threading.Thread(target=tend)
+        thread.start()
+        try:
+            self.play(world, stop.set)
+        finally:
+            stop.set()
+            thread.join()
+        self.assertEqual([], failures, world.words())
+
+    def play(self, world, calm=lambda: None):
         done = 0
         try:
             while done < STEPS:
@@ -332,6 +372,7 @@ class RandomTest(unittest.TestCase):
                 if done % 50 == 25:
                     world.verify()
             world.verify()
+            calm()
             self.shrink(world)
         except (errors.VolumeError, AssertionError) as failed:
             raise AssertionError(f'{failed}; {world.words()}') from failed

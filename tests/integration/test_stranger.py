@@ -12,6 +12,8 @@ import unittest
 
 import volume
 
+from tests import process
+
 SOURCE = os.path.join(os.path.dirname(os.path.dirname(__file__)), 'stranger')
 TOP = os.path.dirname(os.path.dirname(volume.__file__))
 LIMIT_S = 300
@@ -70,6 +72,46 @@ class Stranger(unittest.TestCase):
             'print(d.DriverManager("volume.drivers", "chunks").driver)',
         )
         self.assertIn('stranger.chunks.ChunksDriver', said)
+
+    def test_driver_serves_volumes_by_a_config_section_alone(self):
+        service = process.ServiceProcess(
+            self, '[b]\ndriver = chunks\nroot = {root}/pool\n',
+            path=os.pathsep.join((self.site, TOP)), directories=('images',),
+        )
+        image = os.path.join(service.root, 'images', 'i.raw')
+        content = bytes(1 << 20) + b'x' * (3 << 20)
+        with open(image, 'wb') as f:
+            f.write(content)
+        service.configure(
+            '[b]\ndriver = chunks\nroot = {root}/pool\n',
+            extra=f'image_allowed_directories = {service.root}/images\n'
+            f'image_upload_directories = {service.root}/images',
+        )
+        service.start()
+        first = service.create(
+            size_bytes=5 << 20, imageRef=f'file://{image}', name='first'
+        )
+        self.assertEqual('available', service.wait(
+            first, 'available', 'error'
+        )['status'])
+        second = service.create(size_bytes=5 << 20, source_volid=first)
+        service.wait(second, 'available')
+        service.action(second, 'os-extend', {'new_size_bytes': 6 << 20})
+        service.wait(second, 'available')
+        service.kill()
+        service.start()
+        out = os.path.join(service.root, 'images', 'out.raw')
+        service.action(second, 'os-volume_upload_image', {
+            'image_name': f'file://{out}', 'disk_format': 'raw',
+        })
+        service.wait(second, 'available')
+        with open(out, 'rb') as f:
+            self.assertEqual(content + bytes(2 << 20), f.read())
+        for each in first, second:
+            service.call('DELETE', f'/volumes/{each}')
+            service.wait(each, 'gone')
+        found = service.manage('reconcile', '--dry-run')
+        self.assertEqual('nothing differs', found.stdout.strip())
 
     def test_driver_keeps_the_contract_and_survives_every_fault(self):
         said = self.python(

@@ -4,16 +4,21 @@
 import argparse
 import contextlib
 import io
+import pathlib
 import shlex
 import subprocess
 import sys
 import unittest
 
+from volume import ids
 from volume.cli import main
 from volume.cli import meter
 from volume.cli import show
 from volume.cli import values
 
+REFERENCE = (
+    pathlib.Path(__file__).parents[2] / 'doc/source/reference/cli.rst'
+)
 JOB = {
     'state': 'open', 'direction': 'do', 'attempts': 0, 'error': '',
     'cancelling': False, 'done_bytes': 0, 'total_bytes': 0,
@@ -59,6 +64,49 @@ class Values(unittest.TestCase):
                 values.duration(text)
 
 
+class Words(unittest.TestCase):
+
+    def test_a_wrong_command_line_is_one_line_and_no_traceback(self):
+        job = ids.new()
+        for words in (
+            (), ('nothing',), ('create',), ('create', '--size'),
+            ('create', '--size', '10'), ('create', '--size', '10GB'),
+            ('create', '--size', '-1G'), ('create', '--siz', '1G'),
+            ('create', '--size', '1G', '--id', 'x'),
+            ('create', '--size', '1G', '--checksum', 'md5:00'),
+            ('create', '--size', '1G', '--image-format', 'raw'),
+            ('create', '--size', '1G', '--metadata', 'x'),
+            ('create', '--source', 'x', '--snapshot', 'y'),
+            ('list', '--limit', '0'), ('list', '--format', 'xml'),
+            ('show',), ('show', ''), ('show', 'a', 'b'), ('snapshot',),
+            ('jobs', 'cancel', 'x'), ('jobs', 'list', '--state', 'x'),
+            ('jobs', 'cancel', job, '--timeout', 'soon'),
+            ('attach', 'x', '--mode', 'wr'), ('set', 'x'),
+            ('detach', 'x', '--host', 'a', '--attachment', job),
+            ('--url', 'ftp://x', 'list'), ('--url', 'x', 'list'),
+            ('--url', 'http://', 'list'), ('--url', 'http://x:y', 'list'),
+            ('--url', 'http://..x/', 'list'), ('--url', 'unix:', 'list'),
+            ('--url', 'http://me:secret@x/', 'list'),
+            ('--url', 'https://x', '--ca-file', '/nonexistent', 'list'),
+            ('--token-file', '/nonexistent', 'list'),
+            ('--token-file', '/dev/null', 'list'),
+            ('show', '\udcff'), ('--project', 'a\nb\udc80', 'list'),
+        ):
+            with self.subTest(words=words):
+                out, err = io.StringIO(), io.StringIO()
+                with (
+                    contextlib.redirect_stdout(out),
+                    contextlib.redirect_stderr(err),
+                ):
+                    try:
+                        code = main.main(words)
+                    except SystemExit as ended:
+                        code = ended.code
+                self.assertEqual((2, ''), (code, out.getvalue()))
+                self.assertEqual(1, err.getvalue().count('\n'))
+                self.assertNotIn('secret', err.getvalue())
+
+
 class Help(unittest.TestCase):
 
     def test_every_verb_has_an_example_that_is_right(self):
@@ -77,6 +125,10 @@ class Help(unittest.TestCase):
                 self.assertIs(verb.get_default('run'), parsed.run)
                 seen += 1
         self.assertGreater(seen, 25)
+
+    def test_the_reference_names_every_verb(self):
+        for verb in verbs(main.make_parser()):
+            self.assertIn(f'``{verb.prog}``', REFERENCE.read_text())
 
     def test_options_stand_before_or_behind_the_verb(self):
         for words in '--format json list', 'list --format json':

@@ -8,13 +8,16 @@ are being answered.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
 import ssl
 import stat
 import threading
 from typing import Any
 
+from cheroot import server as http
 from cheroot import wsgi
 from cheroot.ssl import builtin
 
@@ -48,7 +51,7 @@ class Server:
         tls_certificate: str | None = None,
         tls_key: str | None = None,
         tls_client_ca: str | None = None,
-        timeout_s: int = 30,
+        timeout_s: int = 10,
         drain_s: int = 60,
         socket_mode: int = 0o600,
     ) -> None:
@@ -83,7 +86,7 @@ class Server:
         """
         try:
             if self._socket_path:
-                _remove_socket(self._socket_path)
+                _free_socket(self._socket_path)
             self._server.prepare()
         except OSError as failed:
             raise errors.Unavailable(
@@ -114,12 +117,30 @@ class Server:
         self._thread.join(self._drain_s)
         self._thread = None
         if self._socket_path:
-            _remove_socket(self._socket_path)
+            with contextlib.suppress(OSError):
+                os.unlink(self._socket_path)
+
+
+class _Connection(http.HTTPConnection):
+    """A connection whose TLS begins in its worker's time."""
+
+    is_begun = False
+
+    def communicate(self) -> Any:
+        if not self.is_begun and isinstance(self.socket, ssl.SSLSocket):
+            try:
+                self.socket.do_handshake()
+            except OSError as failed:
+                LOG.info('no TLS with %s: %s', self.remote_addr, failed)
+                return False
+        self.is_begun = True
+        return super().communicate()  # type: ignore[no-untyped-call]
 
 
 class _Cheroot(wsgi.Server):
     """Cheroot, with our log, and a unix socket that is ours alone."""
 
+    ConnectionClass = _Connection
     socket_mode = 0o600
 
     def bind_socket(  # type: ignore[override]
@@ -167,10 +188,21 @@ def _tls(
     return adapter
 
 
-def _remove_socket(path: str) -> None:
-    """Remove an earlier incarnation's socket, and nothing else."""
+def _free_socket(path: str) -> None:
+    """Remove an earlier incarnation's socket, and nothing else.
+
+    :raises FileExistsError: it is no socket, or somebody listens there
+    """
     try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError('there is a file that is no socket')
     except FileNotFoundError:
-        pass
+        return
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(1.0)
+        try:
+            sock.connect(path)
+        except OSError:
+            os.unlink(path)
+            return
+    raise FileExistsError('somebody listens there already')

@@ -236,7 +236,9 @@ class Client:
         if 200 <= status < 300 and not text and is_ours:
             return {}
         try:
-            body = json.loads(text) if len(text) <= ANSWER_BYTES_MAX else None
+            body = json.loads(
+                text[:ANSWER_BYTES_MAX + 1], object_hook=_Answer
+            )
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
@@ -297,6 +299,16 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(CONNECT_S)
         self.sock.connect(self._path)
+
+
+class _Answer(dict[str, Any]):
+    """An object of the service's; what it lacks is told, not a bug of ours."""
+
+    def __missing__(self, key: str) -> Any:
+        raise errors.VolumeError(
+            f'the service did not send {key!r}: it is of another version, or '
+            'no volume service'
+        )
 
 
 def _list(body: Json, key: str) -> list[Json]:

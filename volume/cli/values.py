@@ -18,8 +18,8 @@ from volume import model
 UNITS = {letter: 1024 ** n for n, letter in enumerate('BKMGTP')}
 SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
 
-_SIZE = re.compile(r'(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)')
-_TIME = re.compile(r'(\d{1,9}(?:\.\d{1,3})?)([smhd]?)')
+_SIZE = re.compile(r'([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)')
+_TIME = re.compile(r'([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)')
 
 
 class Usage(errors.Invalid):

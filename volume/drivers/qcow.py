@@ -152,7 +152,7 @@ class QcowDriver(
                 pool.sweep()  # what an earlier call has left
                 return
             self._refuse_snapshots(pool, volume)
-            self._refuse_use(pool, volume, active, 'delete')
+            pool.refuse_use(active, volume.id, 'delete')
             # The pointer goes last: while anything is left, scan shows it.
             pool.node.unlink(_note(pool, volume))
             pool.node.unlink(pool.path(pointer))
@@ -179,34 +179,21 @@ class QcowDriver(
                 yield self._found(directory, pointer, tree.size_bytes(name))
         yield from foreign
 
-    def reader(
-        self, source: Source
-    ) -> AbstractContextManager[base.Reader]:
+    @contextlib.contextmanager
+    def reader(self, source: Source) -> Iterator[base.Reader]:
         pool = self._pool(source)
-        with pool.lock():
-            chain = self._opened(pool, source)
-        if chain[0][0].endswith('.raw'):
-            path = pool.layer_path(chain[0][0])
-            return generic.file_reader(self.node, path)
-        return generic.nbd_reader(
-            self.node, qcow_chain.blocknode(pool, chain, False)
-        )
+        with contextlib.ExitStack() as stack:
+            yield self._insist(lambda: stack.enter_context(
+                self._reader(pool, self._opened(pool, source))
+            ))
 
-    def writer(
-        self, volume: model.Volume
-    ) -> AbstractContextManager[base.Writer]:
+    @contextlib.contextmanager
+    def writer(self, volume: model.Volume) -> Iterator[base.Writer]:
         pool = self._pool(volume)
-        with pool.lock():
-            active = self._layer(pool, volume)
-            self._refuse_use(pool, volume, active, 'fill')
-            chain = self._opened(pool, volume)
-        if active.endswith('.raw'):
-            return generic.file_writer(
-                self.node, pool.layer_path(active), chain[0][1].size_bytes
-            )
-        return generic.nbd_writer(
-            self.node, qcow_chain.blocknode(pool, chain, True)
-        )
+        with contextlib.ExitStack() as stack:
+            yield self._insist(lambda: stack.enter_context(
+                self._writer(pool, self._opened(pool, volume, 'fill'))
+            ))
 
     # Adopt.
 
@@ -223,7 +210,7 @@ class QcowDriver(
             if active is None:
                 return
             self._refuse_snapshots(pool, volume)
-            self._refuse_use(pool, volume, active, 'let go of')
+            pool.refuse_use(active, volume.id, 'let go of')
             if pool.target(foreign):
                 raise errors.Conflict(
                     f'{pool.path(foreign)} is in the way: adopt or remove '
@@ -236,10 +223,9 @@ class QcowDriver(
 
     def blocknode(self, source: Source) -> Mapping[str, Any]:
         pool = self._pool(source)
-        with pool.lock():
-            chain = self._opened(pool, source)
         return qcow_chain.blocknode(
-            pool, chain, isinstance(source, model.Volume)
+            pool, self._opened(pool, source),
+            isinstance(source, model.Volume),
         )
 
     # Clone.
@@ -292,7 +278,7 @@ class QcowDriver(
             with pool.lock():
                 active = self._layer(pool, volume)
                 self._refuse_snapshots(pool, volume)
-                self._refuse_use(pool, volume, active, 'flatten')
+                pool.refuse_use(active, volume.id, 'flatten')
                 chain = self._opened(pool, volume)
                 if len(chain) == 1:
                     return pointer
@@ -306,7 +292,7 @@ class QcowDriver(
             )
             pool.sync(path)
             with pool.lock():
-                self._refuse_use(pool, volume, active, 'flatten')
+                pool.refuse_use(active, volume.id, 'flatten')
                 pool.keep(path)
                 pool.point(pointer, name)
                 pool.free(pool.tree(), active)
@@ -363,7 +349,7 @@ class QcowDriver(
             if size_bytes == old_bytes:
                 return
             self._check_size(volume, size_bytes)
-            self._refuse_use(pool, volume, active, 'grow')
+            pool.refuse_use(active, volume.id, 'grow')
             self._opened(pool, volume)
             path = pool.layer_path(active)
             pool.qemu_img(
@@ -380,7 +366,7 @@ class QcowDriver(
         with pool.lock():
             active = self._layer(pool, volume)
             below = self._layer(pool, snapshot)
-            self._refuse_use(pool, volume, active, 'revert')
+            pool.refuse_use(active, volume.id, 'revert')
             header = pool.header(active)
             if header.backing == below and pool.is_empty(active, header):
                 return pointer
@@ -452,11 +438,40 @@ class QcowDriver(
         return layer
 
     def _opened(
-        self, pool: PoolDirectory, source: Source
+        self, pool: PoolDirectory, source: Source, verb: str = '',
     ) -> qcow_chain.Chain:
-        layer = self._layer(pool, source)
-        return qcow_chain.opened(
-            pool, layer, isinstance(source, model.Volume)
+        """Return the layers of what is going to be opened.
+
+        With a verb, it must not be in use.
+        """
+        with pool.lock():
+            layer = self._layer(pool, source)
+            if verb:
+                pool.refuse_use(layer, source.id, verb)
+            return qcow_chain.opened(
+                pool, layer, isinstance(source, model.Volume)
+            )
+
+    def _reader(
+        self, pool: PoolDirectory, chain: qcow_chain.Chain
+    ) -> AbstractContextManager[base.Reader]:
+        if chain[0][0].endswith('.raw'):
+            path = pool.layer_path(chain[0][0])
+            return generic.file_reader(self.node, path)
+        return generic.nbd_reader(
+            self.node, qcow_chain.blocknode(pool, chain, False)
+        )
+
+    def _writer(
+        self, pool: PoolDirectory, chain: qcow_chain.Chain
+    ) -> AbstractContextManager[base.Writer]:
+        name, header = chain[0]
+        if name.endswith('.raw'):
+            return generic.file_writer(
+                self.node, pool.layer_path(name), header.size_bytes
+            )
+        return generic.nbd_writer(
+            self.node, qcow_chain.blocknode(pool, chain, True)
         )
 
     def _check_depth(
@@ -500,19 +515,6 @@ class QcowDriver(
                     f'cannot {verb} without a copy: {extension} files do '
                     'not stand on each other'
                 )
-
-    def _refuse_use(
-        self, pool: PoolDirectory, volume: model.Volume, active: str,
-        verb: str,
-    ) -> None:
-        if not pool.is_mapped(volume.id):
-            pool.end_merges([active])
-            if not pool.is_used(active):
-                return
-        raise errors.Busy(
-            f'cannot {verb} volume {volume.id} while it is in use: detach '
-            'it, or wait until it is read'
-        )
 
     def _refuse_snapshots(
         self, pool: PoolDirectory, volume: model.Volume

@@ -67,14 +67,17 @@ def freeze(
         )
     catch_up(pool, active)
     is_live = pool.is_served(active)
-    if not is_live:
-        pool.end_merges([active])
-    header = pool.header(active)
-    if not is_live:
+
+    def refuse_writers() -> None:
         if pool.is_written(active):
             raise errors.Busy(
                 f'a process that is not ours writes to volume {volume_id}'
             )
+
+    if not is_live:
+        pool.insist([active], refuse_writers)
+    header = pool.header(active)
+    if not is_live:
         # A volume that is copied again and again stands on few layers only.
         if header.backing and pool.is_empty(active, header):
             below = pool.header(header.backing)

@@ -51,6 +51,7 @@ class Merge:
 
     child: str
     parent: str
+    below: str | None
     is_pull: bool
     bytes: int
 
@@ -122,7 +123,8 @@ def _merge(tree: Tree, child: str, parent: str) -> Merge:
         or len(tree.children.get(child, ())) > CHILDREN_MAX
     )
     return Merge(
-        child, parent, is_pull, pull_bytes if is_pull else commit_bytes
+        child, parent, tree.backing(parent), is_pull,
+        pull_bytes if is_pull else commit_bytes,
     )
 
 
@@ -158,9 +160,7 @@ def _records(pool: PoolDirectory) -> list[tuple[str, str]]:
 
 
 def _pull(pool: PoolDirectory, merge: Merge, bytes_per_s: int) -> bool:
-    with pool.lock():
-        below = pool.header(merge.parent).backing
-    path = pool.layer_path(merge.child)
+    path, below = pool.layer_path(merge.child), merge.below
     # Written through: the header must not reach the disk before the bytes.
     words = ['-t', 'writethrough', '-b', below or '']
     if below:
@@ -178,10 +178,10 @@ def _pull(pool: PoolDirectory, merge: Merge, bytes_per_s: int) -> bool:
         ]
     with _ended() as ended:
         pool.qemu_img('rebase', '-q', *words, timeout_s=TIME_MAX_S)
+        pool.sync(path)
         ended.append(True)
     if not ended:
         return False
-    pool.sync(path)
     with pool.lock():
         pool.free(pool.tree(), merge.parent)
     return True
@@ -195,10 +195,10 @@ def _commit(pool: PoolDirectory, merge: Merge, bytes_per_s: int) -> bool:
             'commit', '-q', '-d', '-f', 'qcow2', *rate,
             pool.layer_path(merge.child), timeout_s=TIME_MAX_S,
         )
+        pool.sync(pool.layer_path(merge.parent))
         ended.append(True)
     if not ended:
         return False
-    pool.sync(pool.layer_path(merge.parent))
     with pool.lock():
         tree = pool.tree()
         if not _is_committed(pool, tree, merge):
@@ -213,10 +213,10 @@ def _commit(pool: PoolDirectory, merge: Merge, bytes_per_s: int) -> bool:
 
 @contextlib.contextmanager
 def _ended() -> Iterator[list[bool]]:
-    """Swallow that somebody wanted the layers more than we did."""
+    """Swallow that somebody opened, removed or wanted the layers."""
     try:
         yield []
-    except errors.Busy:
+    except (errors.Busy, errors.NotFound):
         return
     except CommandFailed as failed:
         if failed.code != -signal.SIGKILL:
@@ -285,9 +285,8 @@ def _put_onto(pool: PoolDirectory, name: str, parent: str) -> bool:
             'rebase', '-q', '-u', '-f', 'qcow2', '-F', 'qcow2', '-b', parent,
             path,
         )
-        ended.append(True)
-    if ended:
         pool.sync(path)
+        ended.append(True)
     return bool(ended)
 
 

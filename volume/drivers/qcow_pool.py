@@ -68,6 +68,7 @@ LOCK_S = 60.0
 DEPTH_MAX = 250  # more is a loop, or nothing that we made
 SETTLED_NS = 10 ** 9
 MERGE_END_S = 5.0
+TRIES = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -396,6 +397,34 @@ class PoolDirectory:
             'probe layers', lambda: any(map(qcow_layers.is_used, paths))
         ):
             self._act('end merges', lambda: _end_merges(paths))
+
+    def insist(self, names: Iterable[str], deed: Callable[[], T]) -> T:
+        """Do what no merge of these layers may be in the way of.
+
+        A merge that was chosen before can still start, once, for the next
+        one is chosen under the lock.
+        """
+        layers = tuple(names)
+        for left in reversed(range(TRIES)):
+            self.end_merges(layers)
+            try:
+                return deed()
+            except errors.Busy:
+                if not left:
+                    raise
+        raise AssertionError('not reached')
+
+    def refuse_use(self, name: str, volume_id: str, verb: str) -> None:
+        """:raises Busy: somebody uses the volume that writes to a layer"""
+
+        def refuse() -> None:
+            if self.is_mapped(volume_id) or self.is_used(name):
+                raise errors.Busy(
+                    f'cannot {verb} volume {volume_id} while it is in use: '
+                    'detach it, or wait until it is read'
+                )
+
+        self.insist([name], refuse)
 
     def sync(self, path: str) -> None:
         """Make a file's bytes durable."""

@@ -62,6 +62,7 @@ def fill_volume(job: Job) -> Effect:
                 node=job.node,
                 watch=job.watch,
                 rate_bytes_per_s=job.rate_bytes_per_s,
+                fresh=_is_fresh(job),
             )
     elif source is not None and not _clones(job, source):
         origin = job.backend_of(_source_row(job).backend)
@@ -70,8 +71,14 @@ def fill_volume(job: Job) -> Effect:
                 origin.need(), source, driver, job.volume(),
                 node=job.node, watch=job.watch,
                 rate_bytes_per_s=job.rate_bytes_per_s,
+                fresh=_is_fresh(job),
             )
     return _publish(job, row.handle)
+
+
+def _is_fresh(job: Job) -> bool:
+    """Say whether nobody has written to the volume before this step."""
+    return job.row.token == 1 and job.row.attempts == 0
 
 
 def unprovision(job: Job) -> None:
