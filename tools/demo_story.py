@@ -330,7 +330,7 @@ class Demo:
             command = self.service.command
             made = command(
                 'create', '--name', 'raw', '--backend', 'archive',
-                '--size', str(self.volume_bytes),
+                '--size', f'{self.volume_bytes // MIB}M',
                 '--image', f'file://{image.qcow2}',
             )
             disk = Disk(self.service, self.family, made['id'])

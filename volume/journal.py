@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TYPE_CHECKING
 
+from sqlalchemy import select
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
@@ -37,6 +38,12 @@ Ended = Callable[['Job'], None]
 BUSY_RETRY_S = 10.0
 BACKOFF_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PROGRESS_S = 1.0
+# What a record changes of the job's row, here and in the database at once.
+RECORDED = (
+    'state', 'direction', 'step', 'backend', 'args', 'owner', 'owner_host',
+    'expires_at', 'due_at', 'give_up_at', 'attempts', 'error_kind', 'error',
+    'cancel', 'ended_at',
+)
 
 
 class LeaseLost(errors.VolumeError):
@@ -179,6 +186,9 @@ class Job:
                 models.Job.id == self.row.id,
                 models.Job.token == self.row.token,
                 models.Job.state == 'open',
+                # A commit whose reply was lost is not recorded twice.
+                models.Job.direction == self.row.direction,
+                models.Job.step == self.row.step,
             )
             .values(**{
                 'updated_at': now,
@@ -227,6 +237,25 @@ def run(job: Job) -> bool:
     return True
 
 
+def fail(job: Job, bug: BaseException) -> None:
+    """Let go of a job that a bug of ours has stopped.
+
+    It is tried again like one whose outcome is unknown, and has the same
+    end: nothing stays in a transitional status for ever.
+
+    :raises LeaseLost: another manager has it
+    """
+    if job.row.state != 'open':
+        return
+    unknown = errors.Unknown(
+        f'job {job.row.id} met a bug in {job.row.kind}: {type(bug).__name__}'
+    )
+    if _handle(job, unknown) and job.row.state == 'open':
+        _release(job, job.db.clock())
+    elif job.row.state != 'open' and job.flow.ended:
+        job.flow.ended(job)
+
+
 def _advance(job: Job) -> bool:
     """Do or undo one step; say whether to go on at once."""
     step = job.flow.steps[job.row.step]
@@ -253,10 +282,11 @@ def _forward(job: Job, effect: Effect | None) -> None:
             _end(job, session, 'done', error_kind='', error='')
         else:
             job.fenced(session, step=job.row.step + 1, attempts=0)
+            job.row.cancel = _is_cancelled(session, job)
         if effect:
             effect(session)
 
-    job.db.write(_once_more(job, record))
+    _write(job, record)
 
 
 def _backward(job: Job, effect: Effect | None) -> None:
@@ -284,7 +314,7 @@ def _backward(job: Job, effect: Effect | None) -> None:
         if failed and job.row.state != 'open':
             failed(session)
 
-    job.db.write(_once_more(job, record))
+    _write(job, record)
 
 
 def _handle(job: Job, failed: errors.VolumeError) -> bool:
@@ -298,17 +328,20 @@ def _handle(job: Job, failed: errors.VolumeError) -> bool:
     )
     give_up_at = row.give_up_at or now
     if isinstance(failed, errors.Busy):
-        give_up_at = min(give_up_at, row.created_at + BUSY_RETRY_S)
+        begun_at = row.created_at if row.direction == 'do' else (
+            give_up_at - job.settings.job_retry_s
+        )
+        give_up_at = min(give_up_at, begun_at + BUSY_RETRY_S)
     if failed.retry and now < give_up_at:
         pause_s = BACKOFF_S[min(row.attempts, len(BACKOFF_S) - 1)]
         _release(job, now + pause_s, row.attempts + 1, failed)
         return False
     if row.direction == 'do' and not isinstance(failed, errors.Corrupt):
-        job.db.write(_once_more(job, lambda session: job.fenced(
+        _write(job, lambda session: job.fenced(
             session, direction='undo', error_kind=failed.kind,
             error=str(failed), attempts=0,
             give_up_at=now + job.settings.job_retry_s,
-        )))
+        ))
         return True
     reason = str(failed) if row.direction == 'do' else (
         f'{row.error}; and it could not be undone: {failed}'
@@ -320,7 +353,7 @@ def _handle(job: Job, failed: errors.VolumeError) -> bool:
         _end(job, session, 'failed', error_kind=kind, error=reason)
         ending(session)
 
-    job.db.write(_once_more(job, end))
+    _write(job, end)
     return True
 
 
@@ -361,24 +394,34 @@ def _release(
     if failed is not None and job.row.direction == 'do':
         values['error_kind'] = failed.kind
         values['error'] = str(failed)
-    job.db.write(_once_more(job, lambda session: job.fenced(
-        session, **values
-    )))
+    _write(job, lambda session: job.fenced(session, **values))
 
 
-def _once_more(
-    job: Job, record: Callable[[Session], None]
-) -> Callable[[Session], None]:
-    """Let a retried transaction start from the row as it was."""
-    fields = ('state', 'step', 'direction', 'backend', 'args', 'owner')
-    before = {field: getattr(job.row, field) for field in fields}
+def _write(job: Job, record: Callable[[Session], None]) -> None:
+    """Write a record whole; each attempt starts from the row as it was.
+
+    What was not committed must not be believed either: a step that was not
+    recorded is not done.
+    """
+    before = {field: getattr(job.row, field) for field in RECORDED}
+
+    def restore() -> None:
+        for field, value in before.items():
+            setattr(job.row, field, value)
 
     def attempt(session: Session) -> None:
-        try:
-            record(session)
-        except BaseException:
-            for field, value in before.items():
-                setattr(job.row, field, value)
-            raise
+        restore()
+        record(session)
 
-    return attempt
+    try:
+        job.db.write(attempt)
+    except BaseException:
+        restore()
+        raise
+
+
+def _is_cancelled(session: Session, job: Job) -> bool:
+    """Say whether a person has asked for it to stop since it was taken."""
+    return bool(session.scalar(
+        select(models.Job.cancel).where(models.Job.id == job.row.id)
+    ))

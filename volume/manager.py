@@ -265,7 +265,7 @@ class VolumeManager:
         # Another's job is left alone: a hint that is handed on could go
         # round for ever, and the sweep finds the job anyway.
         if job.state == 'open' and self.core.runs(job.backend):
-            self.core.hint(job)
+            jobs.wake(self.core, job)
 
     # Ours alone.
 

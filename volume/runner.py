@@ -125,9 +125,18 @@ class Runner:
     # What the service's own threads do.
 
     def renew(self) -> None:
-        """Keep the leases of all that runs or is queued here."""
+        """Keep the leases of all that runs or is queued here.
+
+        What we hold and do not run (its acceptor died before its hint, or
+        the database before its release) runs out, and the sweep finds it.
+        """
+        with self._guard:
+            active = sorted(self._active)
         until = self._db.clock() + self.settings.lease_s
-        self._db.write(lambda s: jobs.renew(s, self.owner, until))
+        if active:
+            self._db.write(
+                lambda s: jobs.renew(s, self.owner, active, until)
+            )
 
     def void_earlier(self) -> None:
         """Void what an earlier process of this node has left leased."""
@@ -147,6 +156,12 @@ class Runner:
             with self._guard:
                 if row.id in self._active:
                     continue
+            if row.kind not in FLOWS:
+                LOG.error(
+                    'job %s is %s, which this release does not know',
+                    row.id, row.kind,
+                )
+                continue
 
             def take(session: Any, row: models.Job = row) -> bool:
                 return jobs.take(
@@ -157,6 +172,7 @@ class Runner:
             if self._db.write(take):
                 row.owner, row.owner_host = self.owner, self.host
                 row.token += 1
+                row.expires_at = now + self.settings.lease_s
                 self._submit(row, {})
                 taken += 1
         return taken
@@ -187,9 +203,10 @@ class Runner:
         What takes longer than the time given is stopped at its next report
         of progress and goes on at the next start.
         """
-        self._closed = True
+        with self._guard:
+            self._closed = True
+            pools = list(self._pools.values())
         deadline = time.monotonic() + timeout_s
-        pools = list(self._pools.values())
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
         renewed = time.monotonic()
@@ -210,6 +227,9 @@ class Runner:
             backend = self.backends.get(row.backend)
             if row.id in self._active or backend is None or self._closed:
                 return
+            if row.expires_at <= self._db.clock():
+                return  # it may be another's by now: the sweep will say
+            job = self.job(row, backend, known)
             self._active.add(row.id)
             pool = self._pools.get(row.backend)
             if pool is None:
@@ -218,8 +238,7 @@ class Runner:
                     size, thread_name_prefix=f'job-{row.backend}'
                 )
                 self._pools[row.backend] = pool
-        job = self.job(row, backend, known)
-        future = pool.submit(self._run, job)
+            future = pool.submit(self._run, job)
         future.add_done_callback(lambda done: self._after(job, done))
 
     def job(
@@ -249,18 +268,13 @@ class Runner:
         self, job: journal.Job, done: concurrent.futures.Future[bool]
     ) -> None:
         """Tell who waits; a job that is due again is remembered."""
-        with self._guard:
-            self._active.discard(job.row.id)
-        failure = None if done.cancelled() else done.exception()
-        if isinstance(failure, journal.LeaseLost | journal.Stopped):
-            LOG.warning('%s', failure)
-        elif failure is not None:
-            # A bug of ours: the job keeps its lease until that runs out,
-            # and the sweep then tries again.
-            LOG.error(
-                'job %s failed by a bug', job.row.id, exc_info=failure
+        try:
+            self._look_at(
+                job, None if done.cancelled() else done.exception()
             )
-            self._abandon(job.row)
+        finally:
+            with self._guard:
+                self._active.discard(job.row.id)
         if job.row.state != 'open':
             if job.row.kind in LAST:
                 self._node.forget_locks(job.row.exclusive)
@@ -279,14 +293,37 @@ class Runner:
             heapq.heappush(self._later, (job.row.due_at, job.row.id))
         self._wake.set()
 
-    def _abandon(self, row: models.Job) -> None:
+    def _look_at(
+        self, job: journal.Job, failure: BaseException | None
+    ) -> None:
+        """See to a job that was not ended or let go of as it should be."""
+        if isinstance(failure, journal.LeaseLost):
+            LOG.warning('%s', failure)
+            self._put_off(job.row)
+        elif isinstance(failure, journal.Stopped):
+            LOG.warning('%s', failure)
+        elif failure is not None:
+            LOG.error(
+                'job %s failed by a bug', job.row.id, exc_info=failure
+            )
+            self._fail(job, failure)
+
+    def _fail(self, job: journal.Job, bug: BaseException) -> None:
+        """Have the bug's job tried again, or ended; never forgotten."""
+        try:
+            journal.fail(job, bug)
+        except errors.VolumeError as failed:
+            LOG.error('job %s waits for a sweep: %s', job.row.id, failed)
+
+    def _put_off(self, row: models.Job) -> None:
+        """Let go of a job that could not be recorded, if it is still ours."""
         row.due_at = self._db.clock() + journal.BACKOFF_S[-1]
         try:
-            self._db.write(lambda s: jobs.put_off(
-                s, row, self.owner, row.due_at
-            ))
+            self._db.write(
+                lambda s: jobs.put_off(s, row, self.owner, row.due_at)
+            )
         except errors.VolumeError as failed:
-            LOG.error('job %s stays leased: %s', row.id, failed)
+            LOG.error('job %s waits for a sweep: %s', row.id, failed)
 
 
 class _Waiter:

@@ -49,6 +49,9 @@ class Cli(unittest.TestCase):
             settings=cls.settings,
             sections=SECTIONS.format(pool=pool),
         )
+        # It outlives its service on purpose; not its tests.
+        cls.addClassCleanup(cls.world.service.node.blockd.stop)
+        cls.addClassCleanup(cls.world.service.stop)
         cls.url = f'{cls.world.service.address}/v3'
 
     def volume(self, *words, code=0, **settings):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import delete
 from sqlalchemy import exists
@@ -74,14 +74,21 @@ def take(
     return bool(done.rowcount)  # type: ignore[attr-defined]
 
 
-def renew(session: Session, owner: str, until: float) -> None:
-    """Keep every job that this owner holds."""
-    session.execute(
-        update(models.Job)
-        .where(models.Job.owner == owner, models.Job.state == 'open')
-        .values(expires_at=until)
-        .execution_options(synchronize_session=False)
-    )
+def renew(
+    session: Session, owner: str, job_ids: Sequence[str], until: float
+) -> None:
+    """Keep those of these jobs that this owner holds."""
+    for start in range(0, len(job_ids), BATCH):
+        session.execute(
+            update(models.Job)
+            .where(
+                models.Job.id.in_(job_ids[start:start + BATCH]),
+                models.Job.owner == owner,
+                models.Job.state == 'open',
+            )
+            .values(expires_at=until)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def release(session: Session, owner: str) -> None:

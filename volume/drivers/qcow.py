@@ -27,7 +27,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from oslo_config import cfg
 
@@ -44,9 +44,11 @@ from volume.drivers.qcow_layers import FORMATS
 from volume.drivers.qcow_pool import PoolDirectory
 from volume.node import Node
 
+T = TypeVar('T')
 Source = model.Volume | model.Snapshot
 
 COPY_MAX_S = 24 * 3600.0
+TRIES = 3
 SNAPSHOT = re.compile(r'snapshots/([0-9a-f-]{36})@([0-9a-f-]{36})')
 
 
@@ -279,19 +281,15 @@ class QcowDriver(
                 active = self._layer(pool, volume)
                 self._refuse_snapshots(pool, volume)
                 pool.refuse_use(active, volume.id, 'flatten')
-                chain = self._opened(pool, volume)
+                chain = qcow_chain.opened(pool, active, True)
                 if len(chain) == 1:
                     return pointer
                 name = qcow_layers.new_name('qcow2')
                 path = stack.enter_context(pool.draft(name))
-            pool.qemu_img(
-                'convert', '-p', '-W', '-f', 'qcow2', '-O', 'qcow2',
-                '-o', f'cluster_size={self.conf.cluster_size}',
-                pool.layer_path(active), path,
-                timeout_s=COPY_MAX_S, watch=watch,
-            )
-            pool.sync(path)
+            self._copy(pool, chain, path, watch)
             with pool.lock():
+                if pool.target(pointer) != active:
+                    raise errors.Busy(f'volume {volume.id} was merged: again')
                 pool.refuse_use(active, volume.id, 'flatten')
                 pool.keep(path)
                 pool.point(pointer, name)
@@ -306,7 +304,8 @@ class QcowDriver(
     ) -> model.Device:
         pool = self._pool(volume)
         with pool.lock():
-            active = self._opened(pool, volume)[0][0]
+            active = self._layer(pool, volume)
+            qcow_chain.opened(pool, active, True)
             if access is model.Access.WRITE and pool.is_served(active):
                 raise errors.Busy(
                     f'volume {volume.id} is exported: detach it first'
@@ -350,12 +349,12 @@ class QcowDriver(
                 return
             self._check_size(volume, size_bytes)
             pool.refuse_use(active, volume.id, 'grow')
-            self._opened(pool, volume)
             path = pool.layer_path(active)
-            pool.qemu_img(
+            chain = qcow_chain.opened(pool, active, True)
+            pool.insist((name for name, _ in chain), lambda: pool.qemu_img(
                 'resize', '-q', '-f', FORMATS[extension].driver, path,
                 str(size_bytes),
-            )
+            ))
             pool.sync(path)
 
     # Revert.
@@ -451,6 +450,32 @@ class QcowDriver(
             return qcow_chain.opened(
                 pool, layer, isinstance(source, model.Volume)
             )
+
+    def _insist(self, deed: Callable[[], T]) -> T:
+        """Open again what was merged just when it was to be opened."""
+        for left in reversed(range(TRIES)):
+            try:
+                return deed()
+            except (errors.Busy, errors.NotFound):
+                if not left:
+                    raise
+        raise AssertionError('not reached')
+
+    def _copy(
+        self, pool: PoolDirectory, chain: qcow_chain.Chain, path: str,
+        watch: Callable[[float], None],
+    ) -> None:
+        """Copy all bytes of a chain into one durable file."""
+        try:
+            pool.insist((name for name, _ in chain), lambda: pool.qemu_img(
+                'convert', '-p', '-W', '-f', 'qcow2', '-O', 'qcow2',
+                '-o', f'cluster_size={self.conf.cluster_size}',
+                pool.layer_path(chain[0][0]), path,
+                timeout_s=COPY_MAX_S, watch=watch,
+            ))
+        except errors.NotFound as gone:
+            raise errors.Busy(f'{chain[0][0]} was merged: again') from gone
+        pool.sync(path)
 
     def _reader(
         self, pool: PoolDirectory, chain: qcow_chain.Chain

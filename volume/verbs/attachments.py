@@ -39,7 +39,7 @@ def reserve(core: Core, caller: Caller, volume_id: str) -> None:
 
     :raises Invalid: its status is another
     """
-    _move(core, caller, volume_id, {'available'}, 'attaching', 'be reserved')
+    access.move(core, caller, volume_id, {'available'}, 'attaching', 'be reserved')
 
 
 def unreserve(core: Core, caller: Caller, volume_id: str) -> None:
@@ -52,7 +52,7 @@ def unreserve(core: Core, caller: Caller, volume_id: str) -> None:
         session.execute(
             sql_update(volumes)
             .where(volumes.id == volume_id, volumes.status == 'attaching')
-            .values(status=_settled(), updated_at=core.db.clock())
+            .values(status=access.settled(), updated_at=core.db.clock())
             .execution_options(synchronize_session=False)
         )
 
@@ -64,12 +64,12 @@ def begin_detaching(core: Core, caller: Caller, volume_id: str) -> None:
 
     :raises Invalid: its status is another
     """
-    _move(core, caller, volume_id, {'in-use'}, 'detaching', 'be detached')
+    access.move(core, caller, volume_id, {'in-use'}, 'detaching', 'be detached')
 
 
 def roll_detaching(core: Core, caller: Caller, volume_id: str) -> None:
     """``detaching`` becomes ``in-use`` again; the host could not let go."""
-    _move(
+    access.move(
         core, caller, volume_id, {'detaching'}, 'in-use', 'be rolled back'
     )
 
@@ -96,15 +96,15 @@ def connect(
     def accept(
         session: Session,
     ) -> tuple[models.Job | None, models.Volume, models.Attachment | None]:
-        row, there = _with_attachments(session, caller, volume_id)
-        mine = _mine(there, properties['host'], attachment_id)
+        row, there = access.with_attachments(session, caller, volume_id)
+        mine = access.mine(there, properties['host'], attachment_id)
         if attachment_id and mine is None:
             raise errors.NotFound(
                 f'attachment {attachment_id} could not be found'
             )
         if mine is not None and mine.is_connected:
             return None, row, mine
-        _need_room(row, there, mine, properties['host'])
+        access.need_room(row, there, mine, properties['host'])
         job_id = ids.new()
         rows.take(session, row, job_id, CONNECTABLE, 'be attached')
         job = rows.open_job(
@@ -154,7 +154,7 @@ def disconnect(
     def accept(
         session: Session,
     ) -> tuple[models.Job, models.Volume] | None:
-        row, there = _with_attachments(session, caller, volume_id)
+        row, there = access.with_attachments(session, caller, volume_id)
         mine = [
             each for each in there
             if (host is None or each.host == host) and each.is_connected
@@ -197,7 +197,7 @@ def attach(
     attachments = models.Attachment
 
     def accept(session: Session) -> None:
-        moved = _try_move(
+        moved = access.try_move(
             session, core, caller, volume_id,
             {'available', 'attaching', 'reserved', 'in-use'}, 'in-use',
         )
@@ -219,7 +219,7 @@ def attach(
         )
         if changed.rowcount:  # type: ignore[attr-defined]
             return
-        row, there = _with_attachments(session, caller, volume_id)
+        row, there = access.with_attachments(session, caller, volume_id)
         for each in there:
             if each.instance_uuid == instance_uuid:
                 return
@@ -258,7 +258,7 @@ def detach(
             exists().where(
                 volumes.id == volume_id,
                 volumes.status == 'detaching',
-                *_owned(caller, volumes),
+                *access.owned(caller, volumes),
             ),
         ]
         if attachment_id:
@@ -276,7 +276,7 @@ def detach(
             return False
         session.execute(
             sql_update(volumes).where(volumes.id == volume_id)
-            .values(status=_settled(), updated_at=core.db.clock())
+            .values(status=access.settled(), updated_at=core.db.clock())
             .execution_options(synchronize_session=False)
         )
         return True
@@ -286,7 +286,7 @@ def detach(
     ) -> tuple[models.Job, models.Volume] | None:
         if not force and simple(session):
             return None
-        row, there = _with_attachments(session, caller, volume_id)
+        row, there = access.with_attachments(session, caller, volume_id)
         if attachment_id:
             there = [each for each in there if each.id == attachment_id]
         if not there:
@@ -328,10 +328,10 @@ def create(
     properties = checks.connector(connector) if connector else {}
 
     def accept(session: Session) -> models.Attachment:
-        row, there = _with_attachments(session, caller, volume_id)
-        _need_room(row, there, None, '')
+        row, there = access.with_attachments(session, caller, volume_id)
+        access.need_room(row, there, None, '')
         status = 'attaching' if properties else 'reserved'
-        moved = _try_move(
+        moved = access.try_move(
             session, core, caller, volume_id, {'available', 'in-use'},
             row.status if row.status == 'in-use' else status,
         )
@@ -388,7 +388,7 @@ def complete(core: Core, caller: Caller, attachment_id: str) -> None:
                 f'attachment {row.id} is {row.status}: give it a connector '
                 'first'
             )
-        if not _try_move(
+        if not access.try_move(
             session, core, caller, row.volume_id,
             {'attaching', 'in-use', 'reserved', 'available'}, 'in-use',
         ):
@@ -442,141 +442,6 @@ def _open_detach(
             'remove': remove,
         },
     )
-
-
-def _with_attachments(
-    session: Session, caller: Caller, volume_id: str
-) -> tuple[models.Volume, list[models.Attachment]]:
-    """Return a volume and its attachments, in one statement."""
-    volumes, attachments = models.Volume, models.Attachment
-    found = session.execute(
-        select(volumes, attachments)
-        .outerjoin(attachments, attachments.volume_id == volumes.id)
-        .where(volumes.id == ids.check(volume_id, 'volume id'))
-    ).all()
-    if (
-        not found
-        or found[0][0].deleted_at is not None
-        or not rows.sees(caller, found[0][0])
-    ):
-        raise errors.NotFound(f'volume {volume_id} could not be found')
-    return found[0][0], [each for _, each in found if each is not None]
-
-
-def _mine(
-    there: list[models.Attachment], host: str, attachment_id: str | None
-) -> models.Attachment | None:
-    for each in there:
-        if each.id == attachment_id:
-            return each
-        if attachment_id is None and each.host == host:
-            return each
-    return None
-
-
-def _need_room(
-    row: models.Volume,
-    there: list[models.Attachment],
-    mine: models.Attachment | None,
-    host: str,
-) -> None:
-    """Refuse a second host, unless the volume is for several."""
-    if row.multiattach:
-        return
-    for other in there:
-        if other is not mine:
-            raise errors.Invalid(
-                f'volume {row.id} is attached to '
-                f'{other.host or other.instance_uuid or "another host"}, and '
-                'is not multi-attach'
-            )
-
-
-def _settled() -> ColumnElement[str]:
-    """Return the status that the attachments left over give a volume."""
-    attachments, volumes = models.Attachment, models.Volume
-    return case(
-        (
-            exists().where(
-                attachments.volume_id == volumes.id,
-                attachments.status == 'attached',
-            ),
-            'in-use',
-        ),
-        (
-            exists().where(
-                attachments.volume_id == volumes.id,
-                attachments.status == 'attaching',
-                attachments.instance_uuid.is_not(None),
-            ),
-            'attaching',
-        ),
-        (
-            exists().where(
-                attachments.volume_id == volumes.id,
-                attachments.status == 'reserved',
-            ),
-            'reserved',
-        ),
-        else_='available',
-    )
-
-
-def settle(session: Session, volume_id: str, now: float) -> None:
-    """Give a volume the status that its attachments say."""
-    volumes = models.Volume
-    session.execute(
-        sql_update(volumes).where(volumes.id == volume_id)
-        .values(status=_settled(), updated_at=now)
-        .execution_options(synchronize_session=False)
-    )
-
-
-def _owned(caller: Caller, table: type[models.Volume]) -> list[Any]:
-    owned: list[Any] = [table.deleted_at.is_(None)]
-    if not caller.is_admin:
-        owned.append(table.project_id == caller.project_id)
-    return owned
-
-
-def _try_move(
-    session: Session,
-    core: Core,
-    caller: Caller,
-    volume_id: str,
-    statuses: Collection[str],
-    status: str,
-) -> bool:
-    volumes = models.Volume
-    moved = session.execute(
-        sql_update(volumes)
-        .where(
-            volumes.id == ids.check(volume_id, 'volume id'),
-            volumes.status.in_(statuses),
-            *_owned(caller, volumes),
-        )
-        .values(status=status, updated_at=core.db.clock())
-        .execution_options(synchronize_session=False)
-    )
-    return bool(moved.rowcount)  # type: ignore[attr-defined]
-
-
-def _move(
-    core: Core,
-    caller: Caller,
-    volume_id: str,
-    statuses: Collection[str],
-    status: str,
-    verb: str,
-) -> None:
-    def accept(session: Session) -> None:
-        if not _try_move(
-            session, core, caller, volume_id, statuses, status
-        ):
-            row = rows.volume(session, caller, volume_id)
-            rows.refuse(row, statuses, verb)
-
-    core.when_free(lambda: core.db.write(accept))
 
 
 def _check_mode(mode: object) -> None:

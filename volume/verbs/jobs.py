@@ -15,6 +15,7 @@ from volume.verbs import rows
 
 CANCELLABLE = frozenset({
     'create', 'create_filled', 'upload', 'flatten', 'snapshot', 'adopt',
+    'attach',
 })
 
 
@@ -54,7 +55,7 @@ def cancel(core: Core, caller: Caller, job_id: str) -> None:
         )
         return row
 
-    core.hint(core.db.write(accept))
+    wake(core, core.db.write(accept))
 
 
 def retry(core: Core, caller: Caller, job_id: str) -> None:
@@ -79,7 +80,17 @@ def retry(core: Core, caller: Caller, job_id: str) -> None:
         )
         return row
 
-    core.hint(core.db.write(accept))
+    wake(core, core.db.write(accept))
+
+
+def wake(core: Core, row: models.Job) -> None:
+    """Have a job looked for that is due; whoever runs it goes on.
+
+    The row was read a moment ago: it may have been let go of or ended
+    since, so that only a sweep may take it.
+    """
+    row.owner = None
+    core.hint(row)
 
 
 def _open(session: Session, caller: Caller, job_id: str) -> models.Job:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rows say of hosts' access to volumes, and how that changes.
+
+Each transition is one conditional UPDATE. A volume's status follows from its
+attachments: while a host can reach it, it is never ``available``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import case
+from sqlalchemy import ColumnElement
+from sqlalchemy import exists
+from sqlalchemy import or_
+from sqlalchemy import select
+from sqlalchemy import update as sql_update
+from sqlalchemy.orm import Session
+
+from volume import errors
+from volume import ids
+from volume.context import Caller
+from volume.core import Core
+from volume.db import models
+from volume.verbs import rows
+
+
+def with_attachments(
+    session: Session, caller: Caller, volume_id: str
+) -> tuple[models.Volume, list[models.Attachment]]:
+    """Return a volume and its attachments, in one statement."""
+    volumes, attachments = models.Volume, models.Attachment
+    found = session.execute(
+        select(volumes, attachments)
+        .outerjoin(attachments, attachments.volume_id == volumes.id)
+        .where(volumes.id == ids.check(volume_id, 'volume id'))
+    ).all()
+    if (
+        not found
+        or found[0][0].deleted_at is not None
+        or not rows.sees(caller, found[0][0])
+    ):
+        raise errors.NotFound(f'volume {volume_id} could not be found')
+    return found[0][0], [each for _, each in found if each is not None]
+
+
+def mine(
+    there: list[models.Attachment], host: str, attachment_id: str | None
+) -> models.Attachment | None:
+    for each in there:
+        if each.id == attachment_id:
+            return each
+        if attachment_id is None and each.host == host:
+            return each
+    return None
+
+
+def need_room(
+    row: models.Volume,
+    there: list[models.Attachment],
+    mine: models.Attachment | None,
+    host: str,
+) -> None:
+    """Refuse a second host, unless the volume is for several."""
+    if row.multiattach:
+        return
+    for other in there:
+        if other is not mine:
+            raise errors.Invalid(
+                f'volume {row.id} is attached to '
+                f'{other.host or other.instance_uuid or "another host"}, and '
+                'is not multi-attach'
+            )
+
+
+def settled() -> ColumnElement[str]:
+    """Return the status that the attachments left over give a volume."""
+    attachments, volumes = models.Attachment, models.Volume
+    return case(
+        (
+            exists().where(
+                attachments.volume_id == volumes.id,
+                attachments.status == 'attached',
+            ),
+            'in-use',
+        ),
+        (
+            exists().where(
+                attachments.volume_id == volumes.id,
+                attachments.status == 'attaching',
+                attachments.instance_uuid.is_not(None),
+            ),
+            'attaching',
+        ),
+        (
+            exists().where(
+                attachments.volume_id == volumes.id,
+                attachments.status == 'reserved',
+            ),
+            'reserved',
+        ),
+        else_='available',
+    )
+
+
+def settle(session: Session, volume_id: str, now: float) -> None:
+    """Give a volume the status that its attachments say."""
+    volumes = models.Volume
+    session.execute(
+        sql_update(volumes).where(volumes.id == volume_id)
+        .values(status=settled(), updated_at=now)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def owned(caller: Caller, table: type[models.Volume]) -> list[Any]:
+    owned: list[Any] = [table.deleted_at.is_(None)]
+    if not caller.is_admin:
+        owned.append(table.project_id == caller.project_id)
+    return owned
+
+
+def try_move(
+    session: Session,
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    statuses: Collection[str],
+    status: str,
+) -> bool:
+    volumes = models.Volume
+    moved = session.execute(
+        sql_update(volumes)
+        .where(
+            volumes.id == ids.check(volume_id, 'volume id'),
+            volumes.status.in_(statuses),
+            *owned(caller, volumes),
+        )
+        .values(status=status, updated_at=core.db.clock())
+        .execution_options(synchronize_session=False)
+    )
+    return bool(moved.rowcount)  # type: ignore[attr-defined]
+
+
+def move(
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    statuses: Collection[str],
+    status: str,
+    verb: str,
+) -> None:
+    def accept(session: Session) -> None:
+        if not try_move(
+            session, core, caller, volume_id, statuses, status
+        ):
+            row = rows.volume(session, caller, volume_id)
+            rows.refuse(row, statuses, verb)
+
+    core.when_free(lambda: core.db.write(accept))
