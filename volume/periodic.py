@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sqlalchemy import delete as sql_delete
 from sqlalchemy import exists
 from sqlalchemy import or_
 from sqlalchemy import select
@@ -29,7 +30,7 @@ from volume.db import leases
 from volume.db import models
 from volume.drivers import base
 from volume.node import Node
-from volume.verbs import attachments
+from volume.verbs import access
 from volume.verbs import rows
 
 LOG = logging.getLogger(__name__)
@@ -102,33 +103,53 @@ def end_orphan_exports(
     return ended
 
 
+def end_private_exports(node: Node) -> None:
+    """End what an earlier process had opened to read or fill volumes."""
+    try:
+        if node.blockd is not None:
+            node.blockd.end_private()
+    except errors.VolumeError as failed:
+        LOG.warning('the storage daemon: %s', failed)
+
+
 def end_stale_reservations(core: Core, timeout_s: float) -> int:
     """Let reservations go whose host has not come back.
 
-    Only a status that no job will lead on is touched.
+    Only a status that no job will lead on is touched, and no access that
+    stands is ended.
     """
-    before = core.db.clock() - timeout_s
-    volumes = models.Volume
+    now = core.db.clock()
+    before = now - timeout_s
+    volumes, attachments = models.Volume, models.Attachment
 
     def end(session: Session) -> int:
-        stale = session.scalars(
+        count = 0
+        for row in session.scalars(
             select(volumes).where(
                 volumes.status.in_(('attaching', 'detaching')),
                 volumes.updated_at < before,
                 volumes.deleted_at.is_(None),
             )
-        ).all()
-        count = 0
-        for row in stale:
-            back = 'in-use' if row.status == 'detaching' else 'attaching'
-            if back == 'in-use':
-                count += leases.move(
-                    session, volumes, row.id, {'detaching'}, status=back,
-                    updated_at=core.db.clock(),
-                )
-            elif not _has_attachments(session, row.id):
-                attachments.settle(session, row.id, core.db.clock())
-                count += 1
+        ).all():
+            if row.status == 'attaching' and _has_attachments(
+                session, row.id
+            ):
+                continue
+            # First the lease: behind it nothing is being connected.
+            if not leases.move(
+                session, volumes, row.id, {row.status}, updated_at=now
+            ):
+                continue
+            session.execute(
+                sql_delete(attachments).where(
+                    attachments.volume_id == row.id,
+                    attachments.status == 'attaching',
+                    attachments.is_connected.is_(False),
+                    attachments.created_at < before,
+                ).execution_options(synchronize_session=False)
+            )
+            access.settle(session, row.id, now)
+            count += 1
         return count
 
     count = core.db.write(end)

@@ -24,7 +24,7 @@ from volume.backends import Backend
 from volume.db import models
 from volume.db.engine import Database
 from volume.drivers import base
-from volume.verbs import attachments
+from volume.verbs import access
 
 WAITS_FOR_HOST = frozenset({'attaching', 'detaching', 'reserved'})
 STORED = frozenset({
@@ -426,7 +426,7 @@ def _adopt(
             **common, claimed_bytes=found.size_bytes, lease_shared=0,
             launched_at=now, deleted_at=None,
         ))
-        attachments.settle(session, found.id or '', now)
+        access.settle(session, found.id or '', now)
         return True
 
     return db.write(make)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report what backends and pools are like now; claims are never touched."""
+"""Report what backends and pools are like now; pools' claims are kept."""
 
 from __future__ import annotations
 
@@ -96,17 +96,26 @@ def _fill(
 
 
 def _devices(session: Session) -> None:
-    """Give each physical store the largest budget that a pool of it has."""
+    """Give each physical store the largest budget that a pool of it has.
+
+    What is promised of it is the sum of its pools' claims: a pool that has
+    moved to another store takes them along.
+    """
     session.flush()
-    budgets: dict[str, list[int]] = {}
+    devices = {
+        row.name: row for row in session.scalars(select(models.Device))
+    }
+    budgets = {name: (0, 0, 0) for name in devices}
     for pool in session.scalars(select(models.Pool)):
         if pool.device:
-            budget = budgets.setdefault(pool.device, [0, 0])
-            budget[0] = max(budget[0], pool.limit_bytes)
-            budget[1] += pool.claimed_bytes
-    for name, (limit, claimed) in budgets.items():
-        device = session.get(models.Device, name)
-        if device is None:
-            device = models.Device(name=name, claimed_bytes=claimed)
-            session.add(device)
-        device.limit_bytes = limit
+            limit, claimed, hidden = budgets.get(pool.device, (0, 0, 0))
+            budgets[pool.device] = (
+                max(limit, pool.limit_bytes), claimed + pool.claimed_bytes,
+                hidden + pool.hidden_bytes,
+            )
+    for name, (limit, claimed, hidden) in budgets.items():
+        if name not in devices:
+            devices[name] = models.Device(name=name)
+            session.add(devices[name])
+        devices[name].limit_bytes = limit - hidden
+        devices[name].claimed_bytes = claimed

@@ -191,7 +191,7 @@ class Service:
         for name in self.node.list(spool):
             self.node.unlink(os.path.join(spool, name))
         self.runner.void_earlier()
-        self._end_private_exports()
+        periodic.end_private_exports(self.node)
         _check_all(self.runner.backends, CHECK_WAIT_S)
         self._beat()
         periodic.refresh(
@@ -226,14 +226,6 @@ class Service:
         )
         self.address = web.start()
         self._stack.callback(web.stop)
-
-    def _end_private_exports(self) -> None:
-        """End what an earlier process had opened to read or fill volumes."""
-        try:
-            if self.node.blockd is not None:
-                self.node.blockd.end_private()
-        except errors.VolumeError as failed:
-            LOG.warning('the storage daemon: %s', failed)
 
     def _sweep(self) -> None:
         self.runner.sweep()

@@ -138,6 +138,7 @@ class World:
         """Come back after whatever happened, and recover everything."""
         self.boot(None)
         periodic.sweep_spool(self.node, self.state + '/spool')
+        periodic.end_private_exports(self.node)
         self.recover()
         periodic.end_orphan_exports(self.core, self.backends)
         periodic.restore_exports(self.core, self.backends)

@@ -54,7 +54,8 @@ class World:
                 '[DEFAULT]\n'
                 f'enabled_backends = {names}\nstate_path = {state}\n'
                 f'host = node-1\nroles = {roles}\n'
-                'stats_interval_s = 600\n'
+                # Nothing periodic between a test's statements.
+                'stats_interval_s = 600\nsweep_interval_s = 600\n'
                 f'image_allowed_directories = {self.images}\n'
                 f'image_upload_directories = {self.images}\n'
                 f'{settings}\n'

@@ -196,8 +196,13 @@ class Garbage(unittest.TestCase):
             world.core, auth.NoAuth(), limits=Limits(body_bytes_max=100)
         )
         body = b'{"volume": {"size": 1, "name": "' + b'x' * 100 + b'"}}'
-        asked = world.ask('POST', '/v3/volumes', body)
+        request = webob.Request.blank('/v3/volumes', method='POST', environ={
+            'wsgi.input': _Input(body), 'CONTENT_LENGTH': str(len(body)),
+            'CONTENT_TYPE': 'application/json',
+        })
+        asked = serving.Answer(request.get_response(world.app))
         self.assertEqual((413, 'overLimit'), (asked.status, asked.fault))
+        self.assertEqual(0, request.environ['wsgi.input'].taken)
         # Without a length, as it comes in chunks.
         request = webob.Request.blank('/v3/volumes', method='POST', environ={
             'wsgi.input': _Input(body * 1000), 'wsgi.input_terminated': True,

@@ -297,6 +297,11 @@ class Tokens(commands.Cli):
         # It is not told what backends are made of, and is well served.
         self.assertIsNone(self.json('backends', env=jo)[0]['driver'])
         self.volume('pools', env=jo)
+        self.assertIn('broken is down', self.volume(
+            'status', env=jo, code=1
+        ).stderr)
+        self.volume('list', '--all-projects', env=jo)
+        self.volume('jobs', env=jo)
         self.refused('force-detach', name, env=jo)
         self.refused('delete', name, '--force', env=jo)
         self.volume('delete', name, env=jo)

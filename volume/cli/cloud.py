@@ -173,7 +173,8 @@ def show_status(session: Session, args: argparse.Namespace) -> int:
     }, session.format)
     for each in down:
         show.note(
-            f'backend {each["name"]} is down: {each["reason"] or "no reason"}'
+            f'backend {each["name"]} is down: '
+            f'{each["reason"] or "administrators are told why"}'
         )
     return 1 if down else 0
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ class Database:
         self._writing: contextlib.AbstractContextManager[None] = (
             FifoLock() if self.is_sqlite else contextlib.nullcontext()
         )
+        self._inside = threading.local()
         self.engine = self._make_engine(url)
 
     def read(self, fn: Callable[[Session], T]) -> T:
@@ -66,6 +68,13 @@ class Database:
         self.engine.dispose()
 
     def _once(self, fn: Callable[[Session], T], write: bool) -> T:
+        self._inside.one = True
+        try:
+            return self._transact(fn, write)
+        finally:
+            self._inside.one = False
+
+    def _transact(self, fn: Callable[[Session], T], write: bool) -> T:
         options = {'volume_write': write}
         with self.engine.connect().execution_options(**options) as connection:
             with connection.begin():
@@ -77,6 +86,8 @@ class Database:
                     return result
 
     def _attempt(self, once: Callable[[], T]) -> T:
+        if getattr(self._inside, 'one', False):
+            raise AssertionError('a transaction is open on this thread')
         for attempt in range(ATTEMPTS):
             try:
                 return once()

@@ -246,13 +246,14 @@ _READERS: Mapping[str, Callable[[int], Header]] = {
 # 200 on for what it forbids others (block/file-posix.c).
 
 _LOCK = struct.Struct('@hhqqi4x')
-_LOCKED_FIRST, _LOCKED_COUNT = 100, 164
+_DONE_FIRST, _FORBIDDEN_FIRST, _KINDS = 100, 200, 64
+_LOCKED_COUNT = _FORBIDDEN_FIRST + _KINDS - _DONE_FIRST
 _WRITING = 101
 
 
 def is_used(path: str) -> bool:
     """Say whether a QEMU of any process has the file open."""
-    return _is_locked(path, _LOCKED_FIRST, _LOCKED_COUNT)
+    return _is_locked(path, _DONE_FIRST, _LOCKED_COUNT)
 
 
 def is_written(path: str) -> bool:
@@ -266,25 +267,35 @@ def keep_closed(path: str) -> Iterator[None]:
 
     :raises Busy: one has it open
     """
-    with open(path, 'rb+') as f:
+    with open(path, 'rb') as f:
+        # As QEMU does: say what is forbidden, then look who does it.
         lock = _LOCK.pack(
-            fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_FIRST, _LOCKED_COUNT, 0
+            fcntl.F_RDLCK, os.SEEK_SET, _FORBIDDEN_FIRST, _KINDS, 0
         )
         try:
             fcntl.fcntl(f.fileno(), fcntl.F_OFD_SETLK, lock)
         except OSError as failed:
             if failed.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise errors.Busy(
-                f'{os.path.basename(path)} is open: close it first'
-            ) from failed
+            raise _is_open(path) from failed
+        if _has_lock(f.fileno(), _DONE_FIRST, _LOCKED_COUNT):
+            raise _is_open(path)
         yield
+
+
+def _is_open(path: str) -> errors.Busy:
+    return errors.Busy(f'{os.path.basename(path)} is open: close it first')
 
 
 def _is_locked(path: str, first: int, count: int) -> bool:
     with open(path, 'rb') as f:
-        asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
-        answer = fcntl.fcntl(f.fileno(), fcntl.F_OFD_GETLK, asked)
+        return _has_lock(f.fileno(), first, count)
+
+
+def _has_lock(fd: int, first: int, count: int) -> bool:
+    """Say whether another than this descriptor holds a lock there."""
+    asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
     return bool(_LOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 

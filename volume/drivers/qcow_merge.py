@@ -279,6 +279,8 @@ def _finish(pool: PoolDirectory, child: str, parent: str) -> bool:
 
 def _put_onto(pool: PoolDirectory, name: str, parent: str) -> bool:
     """Have a layer stand on the parent; False if it is open."""
+    if pool.is_used(name):
+        return False
     path = pool.layer_path(name)
     with _ended() as ended:
         pool.qemu_img(

@@ -48,6 +48,7 @@ T = TypeVar('T')
 # What qemu-img says, and what it means to our caller. First match wins.
 MEANING: tuple[tuple[str, type[errors.VolumeError]], ...] = (
     ('Failed to get', errors.Busy),  # another process has the file's lock
+    ('Failed to lock', errors.Busy),
     ('No space left', errors.NoSpace),
     ('Disk quota exceeded', errors.NoSpace),
     ('size is too large', errors.Invalid),

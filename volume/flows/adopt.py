@@ -41,7 +41,7 @@ def measure(job: Job) -> Effect:
             job, session, models.Volume, row.id, claimed_bytes=claimed,
             size_bytes=found.size_bytes,
         )
-        row.claimed_bytes, row.size_bytes = claimed, found.size_bytes
+        job.known.pop(row.id, None)  # the row has changed
 
     return effect
 

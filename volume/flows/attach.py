@@ -24,7 +24,7 @@ from volume.exports.base import Source
 from volume.flows import rows
 from volume.journal import Effect
 from volume.journal import Job
-from volume.verbs import attachments as verbs
+from volume.verbs import access
 from volume.verbs import checks
 
 
@@ -79,8 +79,16 @@ def unexport(job: Job) -> None:
 
 
 def _not_attached(job: Job, error: errors.VolumeError) -> Effect:
-    # The caller is told; it ends its reservation, or tries again.
-    return lambda session: None
+    # The caller is told; it ends its reservation, or tries again. Where
+    # there was none, the volume is again what its attachments say.
+    if job.args.get('was') != 'available':
+        return lambda session: None
+    if not job.undone:
+        return rows.volume(
+            job, status='error_attaching',
+            reason=f'an attachment could not be undone: {error}',
+        )
+    return rows.volume(job, status=access.settled())
 
 
 def disconnect(job: Job) -> Effect:
@@ -105,7 +113,7 @@ def disconnect(job: Job) -> Effect:
                 sql_delete(table).where(table.id.in_(remove))
                 .execution_options(synchronize_session=False)
             )
-            verbs.settle(session, volume_id, job.db.clock())
+            access.settle(session, volume_id, job.db.clock())
 
     return effect
 

@@ -14,6 +14,13 @@ from volume.journal import Effect
 from volume.journal import Job
 from volume.verbs.volumes import usage
 
+# What a volume says that no job and no host will lead on.
+LASTING = frozenset({
+    'available', 'error', 'error_extending', 'error_managing',
+    'error_reverting', 'error_flattening', 'error_attaching',
+    'error_detaching', 'maintenance',
+})
+
 
 def remove(job: Job) -> Effect:
     snapshots = [
@@ -34,9 +41,13 @@ def remove(job: Job) -> Effect:
 
 
 def _failed(job: Job, error: errors.VolumeError) -> Effect:
-    # A volume that is in use was not touched; any other failure may have
-    # left half of it, and only deleting it again makes sense.
-    status = 'available' if error.kind == 'Busy' else 'error_deleting'
+    # A volume that is in use was not touched: it is what it was. Any other
+    # failure may have left half of it, and only deleting it again makes
+    # sense; so it does of snapshots that went before it.
+    was = job.args.get('status', '')
+    status = was if error.kind == 'Busy' and was in LASTING else (
+        'error_deleting'
+    )
 
     def effect(session: Session) -> None:
         rows.change(
@@ -45,8 +56,8 @@ def _failed(job: Job, error: errors.VolumeError) -> Effect:
         )
         for each in job.args.get('snapshots', ()):
             rows.change(
-                job, session, models.Snapshot, each, status=status,
-                reason=str(error),
+                job, session, models.Snapshot, each,
+                status='error_deleting', reason=str(error),
             )
 
     return effect

@@ -46,7 +46,9 @@ def remove(job: Job) -> Effect:
 
 
 def _not_removed(job: Job, error: errors.VolumeError) -> Effect:
-    status = 'available' if error.kind == 'Busy' else 'error_deleting'
+    was = job.args.get('status')
+    is_whole = error.kind == 'Busy' and was in ('available', 'error')
+    status = was if is_whole else 'error_deleting'
     return rows.snapshot(job, status=status, reason=str(error))
 
 

@@ -48,6 +48,7 @@ def with_attachments(
 def mine(
     there: list[models.Attachment], host: str, attachment_id: str | None
 ) -> models.Attachment | None:
+    """Return the attachment that is named, or else the host's own."""
     for each in there:
         if each.id == attachment_id:
             return each
@@ -60,9 +61,11 @@ def need_room(
     row: models.Volume,
     there: list[models.Attachment],
     mine: models.Attachment | None,
-    host: str,
 ) -> None:
-    """Refuse a second host, unless the volume is for several."""
+    """Refuse a second host, unless the volume is for several.
+
+    :raises Invalid: another host has it
+    """
     if row.multiattach:
         return
     for other in there:
@@ -89,7 +92,10 @@ def settled() -> ColumnElement[str]:
             exists().where(
                 attachments.volume_id == volumes.id,
                 attachments.status == 'attaching',
-                attachments.instance_uuid.is_not(None),
+                or_(
+                    attachments.instance_uuid.is_not(None),
+                    attachments.is_connected.is_(True),
+                ),
             ),
             'attaching',
         ),
@@ -115,6 +121,7 @@ def settle(session: Session, volume_id: str, now: float) -> None:
 
 
 def owned(caller: Caller, table: type[models.Volume]) -> list[Any]:
+    """Return the conditions that a live row is one that the caller sees."""
     owned: list[Any] = [table.deleted_at.is_(None)]
     if not caller.is_admin:
         owned.append(table.project_id == caller.project_id)
@@ -129,6 +136,7 @@ def try_move(
     statuses: Collection[str],
     status: str,
 ) -> bool:
+    """Change a volume's status if it is one of these; say whether it was."""
     volumes = models.Volume
     moved = session.execute(
         sql_update(volumes)
@@ -151,6 +159,11 @@ def move(
     status: str,
     verb: str,
 ) -> None:
+    """Change a volume's status.
+
+    :raises Invalid: it is none of these
+    """
+
     def accept(session: Session) -> None:
         if not try_move(
             session, core, caller, volume_id, statuses, status
@@ -158,4 +171,4 @@ def move(
             row = rows.volume(session, caller, volume_id)
             rows.refuse(row, statuses, verb)
 
-    core.when_free(lambda: core.db.write(accept))
+    core.db.write(accept)

@@ -8,13 +8,12 @@ that has nothing to do on the storage is no job.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import case
 from sqlalchemy import ColumnElement
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import exists
+from sqlalchemy import or_
 from sqlalchemy import select
 from sqlalchemy import update as sql_update
 from sqlalchemy.orm import Session
@@ -24,14 +23,22 @@ from volume import ids
 from volume.context import Caller
 from volume.core import Core
 from volume.core import Ended
+from volume.db import leases
 from volume.db import models
+from volume.verbs import access
 from volume.verbs import checks
+from volume.verbs import jobs
 from volume.verbs import rows
 
 CONNECTABLE = frozenset({'available', 'reserved', 'attaching', 'in-use'})
 CONNECTED = CONNECTABLE | {
     'detaching', 'error', 'error_attaching', 'error_detaching', 'maintenance',
 }
+# What the rows of hosts say of a volume; nothing else may have to be undone.
+DETACHABLE = frozenset({
+    'available', 'reserved', 'attaching', 'in-use', 'detaching',
+    'error_attaching', 'error_detaching',
+})
 
 
 def reserve(core: Core, caller: Caller, volume_id: str) -> None:
@@ -39,13 +46,15 @@ def reserve(core: Core, caller: Caller, volume_id: str) -> None:
 
     :raises Invalid: its status is another
     """
-    access.move(core, caller, volume_id, {'available'}, 'attaching', 'be reserved')
+    access.move(
+        core, caller, volume_id, {'available'}, 'attaching', 'be reserved'
+    )
 
 
 def unreserve(core: Core, caller: Caller, volume_id: str) -> None:
     """``attaching`` becomes what it was; any other status is left alone."""
     volumes = models.Volume
-    ids.check(volume_id, 'volume id')
+    volume_id = ids.check(volume_id, 'volume id')
 
     def accept(session: Session) -> None:
         rows.volume(session, caller, volume_id)
@@ -64,7 +73,9 @@ def begin_detaching(core: Core, caller: Caller, volume_id: str) -> None:
 
     :raises Invalid: its status is another
     """
-    access.move(core, caller, volume_id, {'in-use'}, 'detaching', 'be detached')
+    access.move(
+        core, caller, volume_id, {'in-use'}, 'detaching', 'be detached'
+    )
 
 
 def roll_detaching(core: Core, caller: Caller, volume_id: str) -> None:
@@ -104,9 +115,13 @@ def connect(
             )
         if mine is not None and mine.is_connected:
             return None, row, mine
-        access.need_room(row, there, mine, properties['host'])
+        access.need_room(row, there, mine)
         job_id = ids.new()
-        rows.take(session, row, job_id, CONNECTABLE, 'be attached')
+        # What a host can reach is not available to anybody else's verb.
+        status = 'attaching' if row.status == 'available' else row.status
+        rows.take(
+            session, row, job_id, CONNECTABLE, 'be attached', status=status
+        )
         job = rows.open_job(
             session, core, caller, 'attach', job_id, row.backend,
             volume_id=row.id, exclusive=[f'volume-{row.id}'],
@@ -115,6 +130,7 @@ def connect(
                 'is_new': mine is None,
                 'connector': properties,
                 'mode': 'ro' if row.readonly else mode,
+                'was': row.status,
             },
         )
         return job, row, mine
@@ -153,14 +169,15 @@ def disconnect(
 
     def accept(
         session: Session,
-    ) -> tuple[models.Job, models.Volume] | None:
+    ) -> tuple[models.Job, models.Volume | None] | None:
         row, there = access.with_attachments(session, caller, volume_id)
         mine = [
             each for each in there
             if (host is None or each.host == host) and each.is_connected
         ]
         if not mine:
-            return None
+            coming = _cancel_attach(session, core, row, host)
+            return None if coming is None else (coming, None)
         return _open_detach(
             session, core, caller, row, mine,
             remove=[
@@ -169,10 +186,15 @@ def disconnect(
             ],
         ), row
 
-    accepted = core.when_free(lambda: core.db.write(accept))
-    if accepted is not None:
-        core.hint(*accepted)
-        _wait(core, accepted[0])
+    while accepted := core.when_free(lambda: core.db.write(accept)):
+        job, row = accepted
+        if row is not None:
+            core.hint(job, row)
+            _wait(core, job)
+            return
+        # However that ends, there is then something to end, or nothing.
+        jobs.wake(core, job)
+        core.wait(job.id, core.settings.call_timeout_s)
 
 
 def attach(
@@ -193,6 +215,7 @@ def attach(
     if instance_uuid is not None:
         instance_uuid = ids.check(instance_uuid, 'instance UUID')
     mountpoint = checks.text(mountpoint, 'mountpoint') or None
+    volume_id = ids.check(volume_id, 'volume id')
     now = core.db.clock()
     attachments = models.Attachment
 
@@ -208,16 +231,28 @@ def attach(
             'status': 'attached', 'instance_uuid': instance_uuid,
             'mountpoint': mountpoint, 'attached_at': now,
         }
+        where: list[ColumnElement[bool]] = [
+            attachments.volume_id == volume_id,
+            attachments.status != 'attached',
+        ]
+        if host_name:
+            where.append(or_(
+                attachments.host.in_((host_name, '')),
+                exists().where(
+                    models.Volume.id == volume_id,
+                    models.Volume.multiattach.is_(False),
+                ),
+            ))
         changed = session.execute(
-            sql_update(attachments)
-            .where(
-                attachments.volume_id == volume_id,
-                attachments.status != 'attached',
-            )
-            .values(**values)
+            sql_update(attachments).where(*where).values(**values)
             .execution_options(synchronize_session=False)
-        )
-        if changed.rowcount:  # type: ignore[attr-defined]
+        ).rowcount  # type: ignore[attr-defined]
+        if changed > 1:
+            raise errors.Invalid(
+                f'volume {volume_id} is being attached to {changed} hosts; '
+                'name the host'
+            )
+        if changed:
             return
         row, there = access.with_attachments(session, caller, volume_id)
         for each in there:
@@ -247,52 +282,24 @@ def detach(
 
     :raises Invalid: it is not attached, or to several hosts and none named
     """
-    attachments, volumes = models.Attachment, models.Volume
-    ids.check(volume_id, 'volume id')
-
-    def simple(session: Session) -> bool:
-        """Detach what has no access left, in two statements."""
-        where = [
-            attachments.volume_id == volume_id,
-            attachments.is_connected.is_(False),
-            exists().where(
-                volumes.id == volume_id,
-                volumes.status == 'detaching',
-                *access.owned(caller, volumes),
-            ),
-        ]
-        if attachment_id:
-            where.append(attachments.id == attachment_id)
-        gone = session.execute(
-            sql_delete(attachments).where(*where)
-            .execution_options(synchronize_session=False)
-        ).rowcount  # type: ignore[attr-defined]
-        if gone > 1:
-            raise errors.Invalid(
-                f'volume {volume_id} is attached {gone} times; name the '
-                'attachment'
-            )
-        if not gone:
-            return False
-        session.execute(
-            sql_update(volumes).where(volumes.id == volume_id)
-            .values(status=access.settled(), updated_at=core.db.clock())
-            .execution_options(synchronize_session=False)
-        )
-        return True
+    volume_id = ids.check(volume_id, 'volume id')
 
     def accept(
         session: Session,
     ) -> tuple[models.Job, models.Volume] | None:
-        if not force and simple(session):
+        if not force and _detach_simply(
+            session, core, caller, volume_id, attachment_id
+        ):
             return None
         row, there = access.with_attachments(session, caller, volume_id)
         if attachment_id:
             there = [each for each in there if each.id == attachment_id]
         if not there:
-            if row.status == 'available' or not force:
+            if not force or not leases.move(
+                session, models.Volume, row.id, DETACHABLE,
+                status=access.settled(), updated_at=core.db.clock(),
+            ):
                 raise errors.Invalid(f'volume {row.id} is not attached')
-            row.status = 'available'
             return None
         if len(there) > 1 and not force:
             raise errors.Invalid(
@@ -308,6 +315,43 @@ def detach(
     if accepted is not None:
         core.hint(*accepted)
         _wait(core, accepted[0])
+
+
+def _detach_simply(
+    session: Session,
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    attachment_id: str | None,
+) -> bool:
+    """Detach what has no access left, in two statements.
+
+    :raises Invalid: that is several, and none was named
+    """
+    attachments, volumes = models.Attachment, models.Volume
+    where = [
+        attachments.volume_id == volume_id,
+        attachments.is_connected.is_(False),
+        exists().where(
+            volumes.id == volume_id,
+            volumes.status == 'detaching',
+            *access.owned(caller, volumes),
+        ),
+    ]
+    if attachment_id:
+        where.append(attachments.id == attachment_id)
+    gone = session.execute(
+        sql_delete(attachments).where(*where)
+        .execution_options(synchronize_session=False)
+    ).rowcount  # type: ignore[attr-defined]
+    if gone > 1:
+        raise errors.Invalid(
+            f'volume {volume_id} is attached {gone} times; name the '
+            'attachment'
+        )
+    if gone:
+        access.settle(session, volume_id, core.db.clock())
+    return bool(gone)
 
 
 def create(
@@ -329,7 +373,7 @@ def create(
 
     def accept(session: Session) -> models.Attachment:
         row, there = access.with_attachments(session, caller, volume_id)
-        access.need_room(row, there, None, '')
+        access.need_room(row, there, None)
         status = 'attaching' if properties else 'reserved'
         moved = access.try_move(
             session, core, caller, volume_id, {'available', 'in-use'},
@@ -419,6 +463,30 @@ def delete(
         select(models.Attachment)
         .where(models.Attachment.volume_id == volume.id)
     )))
+
+
+def _cancel_attach(
+    session: Session, core: Core, row: models.Volume, host: str | None
+) -> models.Job | None:
+    """Return the open job that would let the host in later on, told to stop.
+
+    Its caller may have given up waiting: what it has asked for must not
+    come about behind the back of whoever ends the host's access now.
+    """
+    if row.lease_job is None:
+        return None
+    job = session.get(models.Job, row.lease_job)
+    if job is None or job.state != 'open' or job.kind != 'attach':
+        return None
+    if host is not None and job.args['connector']['host'] != host:
+        return None
+    session.execute(
+        sql_update(models.Job)
+        .where(models.Job.id == job.id, models.Job.state == 'open')
+        .values(cancel=True, due_at=core.db.clock())
+        .execution_options(synchronize_session=False)
+    )
+    return job
 
 
 def _open_detach(

@@ -127,7 +127,7 @@ def delete(
         job = rows.open_job(
             session, core, caller, 'delete_snapshot', job_id, row.backend,
             volume_id=row.volume_id, snapshot_id=row.id,
-            exclusive=[f'snapshot-{row.id}'],
+            exclusive=[f'snapshot-{row.id}'], args={'status': row.status},
         )
         return job, row, volume
 
@@ -195,10 +195,10 @@ def usage(row: models.Snapshot) -> dict[str, Any]:
 def _same(
     caller: Caller, there: models.Snapshot, digest: str
 ) -> models.Snapshot:
-    if there.deleted_at is not None:
+    if rows.sees(caller, there) and (
+        there.deleted_at is not None or there.request_hash == digest
+    ):
         return there
-    if not rows.sees(caller, there) or there.request_hash != digest:
-        raise errors.Conflict(
-            f'snapshot {there.id} exists, and was asked for in another way'
-        )
-    return there
+    raise errors.Conflict(
+        f'snapshot {there.id} exists, and was asked for in another way'
+    )

@@ -61,6 +61,8 @@ def delete_snapshot(
 
 
 def _bury_snapshot(core: Core, caller: Caller, snapshot_id: str) -> None:
+    snapshot_id = ids.check(snapshot_id, 'snapshot id')
+
     def accept(session: Session) -> None:
         if session.get(models.Snapshot, snapshot_id) is not None:
             return

@@ -180,7 +180,7 @@ def delete(
                 session, snapshot, job_id, SNAPSHOT_DELETABLE, 'be deleted',
                 status='deleting', updated_at=now,
             )
-        row.status = 'deleting'
+        was, row.status = row.status, 'deleting'
         job = rows.open_job(
             session, core, caller, 'delete', job_id, row.backend,
             volume_id=row.id,
@@ -188,7 +188,10 @@ def delete(
                 f'volume-{row.id}',
                 *(f'snapshot-{snapshot.id}' for snapshot in snapshots),
             ],
-            args={'snapshots': [snapshot.id for snapshot in snapshots]},
+            args={
+                'snapshots': [snapshot.id for snapshot in snapshots],
+                'status': was,
+            },
         )
         session.expunge(row)
         return row, job
@@ -207,7 +210,7 @@ def bury(core: Core, caller: Caller, volume_id: str) -> None:
     A cast to delete may overtake the cast to create; a create that finds a
     tombstone does nothing.
     """
-    ids.check(volume_id, 'volume id')
+    volume_id = ids.check(volume_id, 'volume id')
 
     def accept(session: Session) -> None:
         if session.get(models.Volume, volume_id) is not None:
@@ -434,6 +437,14 @@ def _checked(core: Core, new: NewVolume) -> NewVolume:
     return dataclasses.replace(
         new,
         id=ids.check(new.id, 'volume id') if new.id else None,
+        snapshot_id=(
+            ids.check(new.snapshot_id, 'snapshot id')
+            if new.snapshot_id else None
+        ),
+        source_volume_id=(
+            ids.check(new.source_volume_id, 'volume id')
+            if new.source_volume_id else None
+        ),
         name=checks.text(new.name, 'name'),
         description=checks.text(new.description, 'description'),
         metadata=checks.metadata(new.metadata),
@@ -461,13 +472,13 @@ def _digest(new: NewVolume) -> str:
 def _same(
     caller: Caller, there: models.Volume, digest: str
 ) -> models.Volume:
-    if there.deleted_at is not None:
+    if rows.sees(caller, there) and (
+        there.deleted_at is not None or there.request_hash == digest
+    ):
         return there
-    if not rows.sees(caller, there) or there.request_hash != digest:
-        raise errors.Conflict(
-            f'volume {there.id} exists, and was asked for in another way'
-        )
-    return there
+    raise errors.Conflict(
+        f'volume {there.id} exists, and was asked for in another way'
+    )
 
 
 def _source(
