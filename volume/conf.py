@@ -125,6 +125,10 @@ API = (
         'tokens_file', default='/etc/volume/tokens.json',
         help='File of static tokens, readable by the service alone.',
     ),
+    cfg.URIOpt(
+        'public_url', schemes=['http', 'https'],
+        help='URL that links in answers begin with, behind a proxy.',
+    ),
     cfg.StrOpt('tls_certificate', help='Certificate file; sets TLS on.'),
     cfg.StrOpt('tls_key', help='Private key file of the certificate.'),
     cfg.IntOpt('threads', default=16, min=1, help='Requests served at once.'),

@@ -180,8 +180,7 @@ def sweep_spool(node: Node, directory: str) -> None:
     A job that goes on begins its download again, under a new token.
     """
     for name in node.list(directory):
-        if name.endswith('.spool'):
-            node.unlink(os.path.join(directory, name))
+        node.unlink(os.path.join(directory, name))
 
 
 def forget(core: Core, retention_s: float) -> None:

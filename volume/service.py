@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -186,10 +187,7 @@ class Service:
     def _start_manager(self) -> None:
         spool = os.path.join(self.node.state_dir, 'spool')
         self.node.make_directory(spool)
-        # The state directory is ours alone, and no job has begun: what is
-        # spooled there belongs to a try that died with its process.
-        for name in self.node.list(spool):
-            self.node.unlink(os.path.join(spool, name))
+        periodic.sweep_spool(self.node, spool)
         self.runner.void_earlier()
         periodic.end_private_exports(self.node)
         _check_all(self.runner.backends, CHECK_WAIT_S)
@@ -220,7 +218,11 @@ class Service:
     def _start_api(self) -> None:
         group = self.conf.api
         web = server.Server(
-            app.make_app(self.core, auth.load(self.conf)),
+            app.make_app(
+                self.core, auth.load(self.conf),
+                public_url=group.public_url or '',
+                upload_url=_upload_url(self.conf),
+            ),
             listen=group.listen, port=group.port, threads=group.threads,
             tls_certificate=group.tls_certificate, tls_key=group.tls_key,
         )
@@ -322,6 +324,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 service.stop()
                 return 0
             service.reload()
+
+
+def _upload_url(conf: cfg.ConfigOpts) -> str:
+    """Return where images go that are named without a URL, if anywhere."""
+    for directory in conf.image_upload_directories:
+        return pathlib.Path(directory).as_uri()
+    return ''
 
 
 def _check_all(table: dict[str, backends.Backend], wait_s: float) -> None:

@@ -249,8 +249,7 @@ def attach(
         ).rowcount  # type: ignore[attr-defined]
         if changed > 1:
             raise errors.Invalid(
-                f'volume {volume_id} is being attached to {changed} hosts; '
-                'name the host'
+                f'{changed} hosts attach volume {volume_id}; name the host'
             )
         if changed:
             return

@@ -94,17 +94,31 @@ def need_feature(found: models.Pool, feature: str, verb: str) -> None:
         )
 
 
-def need_still(session: Session, row: models.Volume, verb: str) -> None:
+def need_still(
+    session: Session,
+    row: models.Volume,
+    verb: str,
+    into: tuple[str, str] | None = None,
+) -> None:
     """Refuse what cannot be done to a volume while hosts write to it.
 
     An export of the storage daemon can be frozen for an instant; a path that
-    was given away cannot, and a copy would mix several moments.
+    was given away cannot, and a copy would mix several moments. ``into`` is
+    the pool of a clone, which is a copy unless it is made by the pool.
 
     :raises Invalid: it is attached in a way that forbids it
     """
     if row.status != 'in-use':
         return
-    if 'Snapshots' not in pool(session, row).features:
+    features = pool(session, row).features
+    if into is not None and (
+        into != (row.backend, row.pool) or 'Clone' not in features
+    ):
+        raise errors.Invalid(
+            f'volume {row.id} cannot {verb} into another pool while it is '
+            'attached: take a snapshot, and clone that'
+        )
+    if 'Snapshots' not in features:
         raise errors.Invalid(
             f'volume {row.id} cannot {verb} while it is attached: its pool '
             'has no snapshots; detach it first'

@@ -109,7 +109,8 @@ def create(
         shared = []
         if source:
             if isinstance(source, models.Volume):
-                rows.need_still(session, source, 'be cloned')
+                into = chosen.backend, chosen.name
+                rows.need_still(session, source, 'be cloned', into)
             rows.share(session, source, _SOURCE_STATUSES, 'be a source')
             shared = [f'{type(source).__name__.lower()}-{source.id}']
         job_id = ids.new()
@@ -163,8 +164,7 @@ def delete(
                 f'volume {row.id} has {count} snapshots; delete them first, '
                 'or ask for cascade'
             )
-        job_id = ids.new()
-        now = core.db.clock()
+        job_id, now = ids.new(), core.db.clock()
         if not row.backend:
             rows.take(
                 session, row, job_id, statuses, 'be deleted',
