@@ -11,7 +11,6 @@ import tempfile
 import unittest
 
 import volume
-
 from tests import process
 
 SOURCE = os.path.join(os.path.dirname(os.path.dirname(__file__)), 'stranger')

@@ -177,6 +177,7 @@ def _pull(pool: PoolDirectory, merge: Merge, bytes_per_s: int) -> bool:
             + path.replace(',', ',,'),
         ]
     with _ended() as ended:
+        _heal(pool, merge.child)
         pool.qemu_img('rebase', '-q', *words, timeout_s=TIME_MAX_S)
         pool.sync(path)
         ended.append(True)
@@ -190,6 +191,7 @@ def _pull(pool: PoolDirectory, merge: Merge, bytes_per_s: int) -> bool:
 def _commit(pool: PoolDirectory, merge: Merge, bytes_per_s: int) -> bool:
     rate = ('-r', str(bytes_per_s)) if bytes_per_s else ()
     with _ended() as ended:
+        _heal(pool, merge.parent)
         # -d: the child keeps its bytes, and so is right whatever happens.
         pool.qemu_img(
             'commit', '-q', '-d', '-f', 'qcow2', *rate,
@@ -209,6 +211,25 @@ def _commit(pool: PoolDirectory, merge: Merge, bytes_per_s: int) -> bool:
                 return _switch(pool, pointer, merge)
         pool.point(f'merges/{merge.child}', merge.parent)
     return _finish(pool, merge.child, merge.parent)
+
+
+def _heal(pool: PoolDirectory, name: str) -> None:
+    """Find again the space that an earlier, killed merge has lost.
+
+    :raises Corrupt: the layer is damaged; nothing may be written to it
+    """
+    try:
+        pool.qemu_img(
+            'check', '-q', '-r', 'leaks', '-f', 'qcow2',
+            pool.layer_path(name), timeout_s=TIME_MAX_S,
+        )
+    except CommandFailed as failed:
+        if failed.code == -signal.SIGKILL:
+            raise
+        raise errors.Corrupt(
+            f'layer {name} of pool {pool.name} is damaged and is not merged '
+            f'({failed}): look at it with qemu-img check'
+        ) from failed
 
 
 @contextlib.contextmanager

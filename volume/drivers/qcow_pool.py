@@ -69,6 +69,7 @@ LOCK_S = 60.0
 DEPTH_MAX = 250  # more is a loop, or nothing that we made
 SETTLED_NS = 10 ** 9
 MERGE_END_S = 5.0
+MERGE_VERBS = (['check'], ['commit'], ['rebase'])
 TRIES = 3
 
 
@@ -565,7 +566,7 @@ def _end_merges(paths: frozenset[str]) -> None:
     deadline = time.monotonic() + MERGE_END_S
     while pids := [
         pid for pid in qcow_layers.openers(paths, 'qemu-img')
-        if qcow_layers.words_of(pid)[1:2] in (['commit'], ['rebase'])
+        if qcow_layers.words_of(pid)[1:2] in MERGE_VERBS
     ]:
         if time.monotonic() > deadline:
             raise errors.Busy(

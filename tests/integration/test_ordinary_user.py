@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing here needs root: the suites of file and qcow, as nobody."""
+
+import os
+import subprocess
+import sys
+import unittest
+
+import volume
+
+NOBODY = 65534
+TOP = os.path.dirname(os.path.dirname(volume.__file__))
+SUITES = ('tests.conformance.test_file', 'tests.conformance.test_qcow')
+
+
+@unittest.skipIf(os.getuid(), 'the whole run is an ordinary user\'s already')
+class OrdinaryUser(unittest.TestCase):
+    def as_nobody(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ['setpriv', f'--reuid={NOBODY}', f'--regid={NOBODY}',
+             '--clear-groups', *argv],
+            cwd=TOP, capture_output=True, text=True, timeout=280,
+            env={'PATH': os.environ['PATH'], 'HOME': '/nonexistent',
+                 'PYTHONDONTWRITEBYTECODE': '1'},
+        )
+
+    def test_drivers_keep_their_contract_without_any_privilege(self):
+        if self.as_nobody(sys.executable, '-c', 'import volume').returncode:
+            self.skipTest('the checkout cannot be read by an ordinary user')
+        done = self.as_nobody(
+            sys.executable, '-m', 'unittest', *SUITES
+        )
+        self.assertEqual(0, done.returncode, done.stderr[-3000:])
+        self.assertRegex(done.stderr, r'Ran \d{3} tests')
