@@ -340,6 +340,7 @@ def _handle(job: Job, failed: errors.VolumeError) -> bool:
         _write(job, lambda session: job.fenced(
             session, direction='undo', error_kind=failed.kind,
             error=str(failed), attempts=0,
+            args={**job.args, 'failed_step': row.step},
             give_up_at=now + job.settings.job_retry_s,
         ))
         return True

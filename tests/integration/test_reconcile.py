@@ -93,6 +93,26 @@ class Reconcile(unittest.TestCase):
         self.service.wait(volume, 'available')
         self.assertEqual(self.content, self.read(volume))
 
+    def test_a_volume_without_a_row_is_not_taken_for_a_new_one(self):
+        volume = self.make(name='precious')
+        self.service.stop()
+        self.sql('DELETE FROM volumes WHERE id = ?', volume)
+        self.findings()  # sums the claims again
+        self.service.start()
+        self.service.call('POST', '/volumes', {
+            'volume': {'size_bytes': 4 * MIB},
+            'OS-SCH-HNT:scheduler_hints': {'volume_id': volume},
+        })
+        row = self.service.wait(volume, 'error')
+        self.assertIn('whose row was lost', row['reason'])
+        self.service.call('DELETE', f'/volumes/{volume}')
+        self.service.wait(volume, 'gone')
+        self.service.stop()
+        self.findings('--adopt')
+        self.service.start()
+        self.assertEqual('precious', self.service.volume(volume)['name'])
+        self.assertEqual(self.content, self.read(volume))
+
     def test_a_volume_whose_bytes_are_gone_is_said_to_be_in_error(self):
         volume = self.make()
         os.unlink(os.path.join(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schema goes up and down, and the data survive both."""
 
+import itertools
 import os
 import unittest
 
@@ -65,7 +66,7 @@ class Migrations(unittest.TestCase):
 
     def test_each_step_up_and_down_keeps_the_data(self):
         known = ['base', *versions()]
-        for lower, upper in zip(known, known[1:], strict=False):
+        for lower, upper in itertools.pairwise(known):
             with self.subTest(upper):
                 migrate.upgrade(self.db, upper)
                 if lower == 'base':

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Create a volume: provision, fill, publish.
+"""Create a volume: look, provision, fill, publish.
 
-An empty volume is one step; what is filled (from an image, a snapshot or
-another volume) is two, so that a crash in a long copy goes on from there.
+What is filled (from an image, a snapshot or another volume) has a step for
+it, so that a crash in a long copy goes on from there.
 If the pool turns out to be full, the volume is placed anew in another one.
 """
 
@@ -23,6 +23,23 @@ from volume.flows import sidecar
 from volume.journal import Effect
 from volume.journal import Job
 from volume.verbs.volumes import usage
+
+
+def look_first(job: Job) -> None:
+    """Make sure that nothing is stored under the volume's name yet.
+
+    If something is, its row was lost: a driver would take it for ours, and
+    undoing this job would delete it.
+    """
+    try:
+        found = job.backend.call('inspect', job.volume())
+    except errors.NotFound:
+        return
+    raise errors.Conflict(
+        f'backend {job.backend.name} has a volume {job.row.volume_id} '
+        f'already, of {found.size_bytes} bytes, whose row was lost; '
+        '"volume-manage reconcile --adopt" gives it one again'
+    )
 
 
 def create_empty(job: Job) -> Effect:
@@ -96,11 +113,17 @@ def _failed(job: Job, error: errors.VolumeError) -> Effect:
     row = job.volume_row()
     if not job.undone:
         return rows.volume(job, status='error', reason=str(error))
+    # Where nothing of ours was ever stored, deleting the row must not touch
+    # the storage: what has the name there is somebody else's.
+    place = (
+        {'backend': '', 'pool': ''} if job.args.get('failed_step') == 0
+        else {}
+    )
 
     def effect(session: Session) -> None:
         rows.change(
             job, session, models.Volume, row.id, status='error',
-            reason=str(error), claimed_bytes=0, handle='',
+            reason=str(error), claimed_bytes=0, handle='', **place,
         )
         claims.give_back(session, row.backend, row.pool, row.claimed_bytes)
 
@@ -193,13 +216,17 @@ def _clones(job: Job, source: model.Volume | model.Snapshot) -> bool:
 
 EMPTY = journal.Flow(
     'create',
-    (journal.Step(create_empty, undo=unprovision),),
+    (
+        journal.Step(look_first),
+        journal.Step(create_empty, undo=unprovision),
+    ),
     failed=_failed, again=_again, ended=_ended,
 )
 
 FILLED = journal.Flow(
     'create_filled',
     (
+        journal.Step(look_first),
         journal.Step(provision, undo=unprovision),
         journal.Step(fill_volume),  # unprovision throws the bytes away
     ),

@@ -1,0 +1,589 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs made of tiny steps, run under a clock that stands still."""
+
+import sqlite3
+import unittest
+
+from sqlalchemy import exc
+from sqlalchemy import update
+
+from tests import database
+from volume import errors
+from volume import journal
+from volume.core import Settings
+from volume.db import jobs
+from volume.db import leases
+from volume.db import models
+from volume.journal import Flow
+from volume.journal import Step
+from volume.testing import fixtures
+
+
+class JournalCase(unittest.TestCase):
+    """Steps named by letters; ``done`` is what happened, in order."""
+
+    def setUp(self):
+        self.clock = database.Clock()
+        self.db = database.make(self, self.clock)
+        self.node = fixtures.make_node(self)
+        self.settings = Settings(job_retry_s=100.0)
+        self.done = []
+        self.ended = []
+        self.troubles = {}
+        self.is_stopping = False
+        self.volume = database.volume(status='creating')
+        database.add(self.db, self.volume)
+
+    def act(self, name, effect=None):
+        """Return a step's function, which notes that it ran, or fails."""
+
+        def act(job):
+            self.done.append(name)
+            trouble = self.troubles.get(name)
+            if callable(trouble):
+                trouble = trouble(job)
+            if isinstance(trouble, list):
+                trouble = trouble.pop(0) if trouble else None
+            if trouble is not None:
+                raise trouble
+            return effect
+
+        return act
+
+    def flow(self, names='abc', undo=True, **effects):
+        def failed(job, error):
+            self.done.append(f'failed {error.kind} {job.undone}')
+            return lambda session: leases.change(
+                session, models.Volume, self.volume.id, job.row.id,
+                status='error', reason=str(error),
+            )
+
+        return Flow('test', tuple(
+            Step(
+                self.act(name, effects.get(name)),
+                self.act(f'undo {name}') if undo else None,
+            ) for name in names
+        ), failed=failed, ended=lambda job: self.ended.append(job.row.state))
+
+    def says(self, status, **values):
+        """Return an effect."""
+        return lambda session: leases.change(
+            session, models.Volume, self.volume.id, self.row.id,
+            status=status, **values,
+        )
+
+    def start(self, flow, **values):
+        self.flow_of = flow
+        row = database.job(volume_id=self.volume.id, **values)
+        database.add(self.db, row)
+        self.db.write(lambda s: leases.take(
+            s, models.Volume, self.volume.id, row.id, {'creating'}
+        ))
+        self.row = self.fresh(row.id)
+        return self.row
+
+    def fresh(self, job_id=None):
+        return database.get(self.db, models.Job, job_id or self.row.id)
+
+    def job(self, row=None):
+        return journal.Job(
+            row=row or self.row, flow=self.flow_of, backend=None, db=self.db,
+            node=self.node, settings=self.settings, notify=None,
+            spool_directory='', source_for=None, backend_of=None,
+            is_stopping=lambda: self.is_stopping,
+        )
+
+    def run_now(self):
+        """Run the job as far as it goes; say whether it has ended."""
+        return journal.run(self.job())
+
+    def run_later(self, pause_s=None):
+        """Let time pass until the job is due; run it; return the pause."""
+        due_at = self.fresh().due_at
+        waited_s = due_at - self.clock.now
+        self.clock.now = due_at
+        self.take()
+        self.run_now()
+        return waited_s
+
+    def take(self, owner='owner'):
+        (row,) = self.db.read(
+            lambda s: jobs.due(s, ['b'], 'node-1', self.clock.now)
+        )
+        self.assertTrue(self.db.write(lambda s: jobs.take(
+            s, row, owner, 'node-1', self.clock.now, 30.0
+        )))
+        self.row = self.fresh(row.id)
+
+    def to_the_end(self):
+        """Run it until it has ended; return the pauses between."""
+        if self.run_now():
+            return []
+        pauses = []
+        while self.fresh().state == 'open':
+            pauses.append(round(self.run_later(), 3))
+        return pauses
+
+    def status(self):
+        return database.get(self.db, models.Volume, self.volume.id).status
+
+
+class Order(JournalCase):
+    def test_steps_run_in_order_and_their_effects_are_written(self):
+        self.start(self.flow(
+            b=self.says('downloading'), c=self.says('available')
+        ))
+        self.assertTrue(self.run_now())
+        self.assertEqual(['a', 'b', 'c'], self.done)
+        self.assertEqual('available', self.status())
+        row = self.fresh()
+        self.assertEqual(('done', None), (row.state, row.owner))
+        self.assertEqual(['done'], self.ended)
+
+    def test_a_failure_is_undone_backwards_beginning_with_itself(self):
+        self.start(self.flow())
+        self.troubles['b'] = errors.Invalid('no')
+        self.assertTrue(self.run_now())
+        self.assertEqual(
+            ['a', 'b', 'undo b', 'undo a', 'failed Invalid True'], self.done
+        )
+        row = self.fresh()
+        self.assertEqual(
+            ('failed', 'Invalid', 'no'), (row.state, row.error_kind, row.error)
+        )
+        self.assertEqual('error', self.status())
+        self.assertEqual(['failed'], self.ended)
+
+    def test_a_step_without_undo_is_passed_over(self):
+        self.start(self.flow(undo=False))
+        self.troubles['c'] = errors.Conflict('no')
+        self.run_now()
+        self.assertEqual(['a', 'b', 'c', 'failed Conflict True'], self.done)
+
+    def test_a_crash_goes_on_from_its_step(self):
+        self.start(self.flow())
+        self.troubles['b'] = [KeyboardInterrupt()]
+        with self.assertRaises(KeyboardInterrupt):
+            self.run_now()
+        self.assertEqual(1, self.fresh().step)
+        self.clock.now += 31
+        self.take('next')
+        self.assertTrue(self.run_now())
+        self.assertEqual(['a', 'b', 'b', 'c'], self.done)
+
+    def test_a_crash_while_undoing_goes_on_undoing(self):
+        self.start(self.flow())
+        self.troubles['b'] = errors.Invalid('no')
+        self.troubles['undo a'] = [KeyboardInterrupt()]
+        with self.assertRaises(KeyboardInterrupt):
+            self.run_now()
+        self.clock.now += 31
+        self.take('next')
+        self.assertTrue(self.run_now())
+        self.assertEqual(
+            ['a', 'b', 'undo b', 'undo a', 'undo a', 'failed Invalid True'],
+            self.done,
+        )
+        self.assertEqual('no', self.fresh().error)
+
+    def test_an_effect_and_the_record_of_its_step_are_one(self):
+        def dies(session):
+            self.says('downloading')(session)
+            raise KeyboardInterrupt
+
+        self.start(self.flow(a=dies))
+        with self.assertRaises(KeyboardInterrupt):
+            self.run_now()
+        self.assertEqual((0, 'creating'), (self.fresh().step, self.status()))
+
+
+class Again(JournalCase):
+    def test_what_may_get_better_is_tried_again_with_longer_pauses(self):
+        for kind in errors.Unavailable, errors.Unknown:
+            with self.subTest(kind):
+                self.setUp()
+                self.start(self.flow('a'))
+                self.troubles['a'] = [kind('later') for _ in range(8)]
+                self.assertEqual(
+                    [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 30.0],
+                    self.to_the_end()[:7],
+                )
+                self.assertEqual('done', self.fresh().state)
+                self.assertEqual('', self.fresh().error)
+
+    def test_while_it_waits_the_job_says_why_and_nobody_holds_it(self):
+        self.start(self.flow('a'))
+        self.troubles['a'] = errors.Unavailable('the pool is away')
+        self.assertFalse(self.run_now())
+        row = self.fresh()
+        self.assertEqual(
+            ('open', None, 'Unavailable', 'the pool is away'),
+            (row.state, row.owner, row.error_kind, row.error),
+        )
+        self.assertEqual([], self.ended)
+
+    def test_trouble_without_end_is_given_up_and_undone(self):
+        self.start(self.flow('ab'), give_up_at=database.NOW + 100)
+        self.troubles['b'] = errors.Unavailable('gone')
+        self.to_the_end()
+        self.assertEqual('failed Unavailable True', self.done[-1])
+        self.assertEqual(['undo b', 'undo a'], self.done[-3:-1])
+        self.assertGreaterEqual(self.clock.now, database.NOW + 100)
+        self.assertLessEqual(self.clock.now, database.NOW + 131)
+
+    def test_busy_is_tried_for_seconds_only(self):
+        self.start(self.flow('a'))
+        self.troubles['a'] = errors.Busy('in use')
+        self.to_the_end()
+        self.assertEqual('failed', self.fresh().state)
+        self.assertLessEqual(
+            self.clock.now, database.NOW + journal.BUSY_RETRY_S + 10
+        )
+
+    def test_busy_while_undoing_has_its_own_time(self):
+        self.start(self.flow('a'))
+        self.clock.now += 90
+        self.troubles['a'] = errors.Invalid('no')
+        self.troubles['undo a'] = [errors.Busy('in use')] * 3
+        self.to_the_end()
+        self.assertEqual('failed Invalid True', self.done[-1])
+
+    def test_an_undo_that_never_succeeds_is_given_up_and_told(self):
+        self.start(self.flow('ab'))
+        self.troubles['b'] = errors.Invalid('wrong')
+        self.troubles['undo b'] = errors.Unknown('no answer')
+        self.to_the_end()
+        self.assertEqual('failed Invalid False', self.done[-1])
+        self.assertNotIn('undo a', self.done)
+        self.assertEqual(
+            'wrong; and it could not be undone: no answer',
+            self.fresh().error,
+        )
+        self.assertEqual('error', self.status())
+
+    def test_corrupt_keeps_everything_as_it_is(self):
+        self.start(self.flow('ab'))
+        self.troubles['b'] = errors.Corrupt('wrong bytes')
+        self.assertTrue(self.run_now())
+        self.assertEqual(['a', 'b', 'failed Corrupt False'], self.done)
+        self.assertEqual('failed', self.fresh().state)
+
+    def test_a_step_that_succeeds_starts_the_pauses_anew(self):
+        self.start(self.flow('ab'))
+        self.troubles['a'] = [errors.Unavailable('x')] * 2
+        self.troubles['b'] = [errors.Unavailable('x')] * 2
+        self.assertEqual([0.1, 0.3, 0.1, 0.3], self.to_the_end())
+
+    def test_an_effect_that_fails_is_a_step_that_failed(self):
+        def full(session):
+            self.says('downloading')(session)
+            raise errors.NoSpace('full')
+
+        self.start(self.flow('ab', a=full))
+        self.assertTrue(self.run_now())
+        self.assertEqual(['a', 'undo a', 'failed NoSpace True'], self.done)
+        self.assertEqual('error', self.status())
+
+    def test_an_effect_that_may_get_better_is_tried_with_longer_pauses(self):
+        troubles = [errors.Unavailable('x')] * 3
+
+        def effect(session):
+            if troubles:
+                raise troubles.pop()
+
+        for names in 'a', 'ab':
+            with self.subTest(names):
+                self.setUp()
+                troubles = [errors.Unavailable('x')] * 3
+                self.start(self.flow(names, a=effect))
+                self.assertEqual([0.1, 0.3, 1.0], self.to_the_end())
+                self.assertEqual('done', self.fresh().state)
+
+    def test_a_transaction_that_is_run_again_records_one_step(self):
+        lost = []
+
+        def effect(session):
+            self.says('downloading')(session)
+            if not lost:
+                lost.append(1)
+                raise exc.OperationalError(
+                    '', {}, sqlite3.OperationalError('database is locked')
+                )
+
+        self.start(self.flow('abc', a=effect))
+        self.run_now()
+        self.assertEqual(['a', 'b', 'c'], self.done)
+
+    def test_a_commit_that_fails_leaves_the_step_undone_in_memory_too(self):
+        """A full disk says so at the commit: then nothing was written."""
+        class Full(journal.Database):
+            left = 1
+
+            def write(self, fn):
+                if self.left:
+                    self.left -= 1
+                    try:
+                        return super().write(lambda s: (fn(s), 1 / 0))
+                    except ZeroDivisionError:
+                        raise errors.Unavailable('disk is full') from None
+                return super().write(fn)
+
+        self.start(self.flow('ab'))
+        full = Full(self.db.url, self.clock)
+        self.addCleanup(full.close)
+        job = self.job()
+        job.db = full
+        self.assertFalse(journal.run(job))
+        self.assertEqual(
+            (0, 'open'), (job.row.step, job.row.state)
+        )
+        self.assertEqual((0, 'open'), (self.fresh().step, self.fresh().state))
+        self.run_later()
+        self.assertEqual(['a', 'a', 'b'], self.done)
+
+    def test_a_bug_is_tried_again_and_has_an_end(self):
+        self.start(self.flow('ab'), give_up_at=database.NOW + 50)
+        self.troubles['b'] = ZeroDivisionError()
+        while self.fresh().state == 'open':
+            job = self.job()
+            try:
+                journal.run(job)
+            except ZeroDivisionError as bug:
+                journal.fail(job, bug)
+            if self.fresh().state == 'open':
+                self.assertIsNone(self.fresh().owner)
+                self.clock.now = max(self.fresh().due_at, self.clock.now)
+                self.take()
+        self.assertEqual(
+            ['undo b', 'undo a', 'failed Unknown True'], self.done[-3:]
+        )
+        self.assertIn('ZeroDivisionError', self.fresh().error)
+        self.assertEqual('error', self.status())
+
+
+class Fences(JournalCase):
+    def test_a_stale_token_writes_nothing(self):
+        stale = self.start(self.flow(a=self.says('downloading')))
+        self.clock.now += 31
+        self.take('next')
+        with self.assertRaises(journal.LeaseLost):
+            journal.run(self.job(stale))
+        self.assertEqual('creating', self.status())
+        row = self.fresh()
+        self.assertEqual(
+            (0, 'next', 2), (row.step, row.owner, row.token)
+        )
+
+    def test_a_stale_failure_undoes_nothing(self):
+        stale = self.start(self.flow())
+        self.clock.now += 31
+        self.take('next')
+        for error in errors.Invalid('x'), errors.Unavailable('x'):
+            self.done.clear()
+            self.troubles['a'] = error
+            with self.assertRaises(journal.LeaseLost):
+                journal.run(self.job(stale))
+            self.assertEqual(['a'], self.done)
+        self.assertEqual('do', self.fresh().direction)
+
+    def test_a_job_that_has_ended_is_not_ended_again(self):
+        stale = self.start(self.flow('a', a=self.says('available')))
+        self.run_now()
+        self.db.write(lambda s: s.execute(
+            update(models.Volume).values(status='in-use')
+        ))
+        with self.assertRaises(journal.LeaseLost):
+            stale.state = 'open'
+            journal.run(self.job(stale))
+        self.assertEqual('in-use', self.status())
+
+    def test_a_row_that_the_job_does_not_hold_is_left_alone(self):
+        from volume.flows import rows
+
+        def effect(session):
+            rows.change(
+                self.job(), session, models.Volume, self.volume.id,
+                status='available',
+            )
+
+        self.start(self.flow('a', a=effect))
+        self.db.write(lambda s: s.execute(
+            update(models.Volume).values(lease_job='another')
+        ))
+        with self.assertRaises(journal.LeaseLost):
+            self.run_now()
+        self.assertEqual('creating', self.status())
+        self.assertEqual('open', self.fresh().state)
+
+    def test_progress_under_a_stale_token_stops_the_step(self):
+        stale = self.start(self.flow('a'))
+        self.clock.now += 31
+        self.take('next')
+        with self.assertRaises(journal.LeaseLost):
+            self.job(stale).watch(1, 2)
+        self.assertEqual(0, self.fresh().done_bytes)
+
+    def test_each_record_renews_the_lease(self):
+        self.start(self.flow('ab'))
+        self.clock.now += 20
+        self.troubles['b'] = lambda job: self.assertEqual(
+            self.clock.now + 30, self.fresh().expires_at
+        )
+        self.run_now()
+        self.assertEqual(['a', 'b'], self.done)
+
+
+class Stops(JournalCase):
+    def cancel(self):
+        self.db.write(lambda s: s.execute(
+            update(models.Job).values(cancel=True)
+        ))
+
+    def test_a_cancelled_job_is_undone_at_its_next_step(self):
+        self.start(self.flow())
+        self.troubles['a'] = lambda job: self.cancel()
+        self.run_now()
+        self.assertEqual(
+            ['a', 'undo b', 'undo a', 'failed Cancelled True'], self.done
+        )
+        self.assertEqual('cancelled', self.fresh().state)
+
+    def test_a_cancelled_job_is_undone_at_its_next_report(self):
+        def copy(job):
+            job.watch(1, 2)
+            self.cancel()
+            job.watch(1, 2)  # within the second: nobody looks
+            job._told_at -= 2
+            job.watch(2, 2)
+            self.fail('it goes on')
+
+        self.start(self.flow())
+        self.troubles['b'] = copy
+        self.run_now()
+        self.assertEqual(
+            ['a', 'b', 'undo b', 'undo a', 'failed Cancelled True'], self.done
+        )
+
+    def test_what_is_being_undone_is_not_cancelled(self):
+        def undo(job):
+            self.cancel()
+            job._told_at = 0.0
+            job.watch(1, 2)
+
+        self.start(self.flow('a'))
+        self.troubles['a'] = errors.Invalid('x')
+        self.troubles['undo a'] = undo
+        self.run_now()
+        self.assertEqual('failed', self.fresh().state)
+
+    def test_a_cancelled_job_that_waits_is_undone_when_it_runs(self):
+        self.start(self.flow())
+        self.troubles['b'] = [errors.Unavailable('x')]
+        self.run_now()
+        self.cancel()
+        self.run_later()
+        self.assertEqual('cancelled', self.fresh().state)
+
+    def test_a_stopping_service_gives_the_lease_back_between_steps(self):
+        def stop(job):
+            self.is_stopping = True
+
+        self.start(self.flow())
+        self.troubles['a'] = stop
+        with self.assertRaises(journal.Stopped):
+            self.run_now()
+        self.assertEqual(['a'], self.done)
+        row = self.fresh()
+        self.assertEqual(
+            ('open', None, 1, 0), (row.state, row.owner, row.step,
+                                   row.attempts)
+        )
+        self.is_stopping = False
+        self.take('next')
+        self.assertTrue(self.run_now())
+        self.assertEqual(['a', 'b', 'c'], self.done)
+
+    def test_a_stopping_service_ends_a_long_step_at_its_report(self):
+        def long(job):
+            self.is_stopping = True
+            job.watch(1, 2)
+
+        self.start(self.flow('a'))
+        self.troubles['a'] = long
+        with self.assertRaises(journal.Stopped):
+            self.run_now()
+        row = self.fresh()
+        self.assertEqual(('open', None, 'do'), (
+            row.state, row.owner, row.direction
+        ))
+
+    def test_progress_is_in_the_row(self):
+        def copy(job):
+            job.watch(5, 10)
+            row = self.fresh()
+            self.assertEqual((5, 10), (row.done_bytes, row.total_bytes))
+
+        self.start(self.flow('a'))
+        self.troubles['a'] = copy
+        self.assertTrue(self.run_now())
+
+    def test_the_end_gives_back_what_was_shared(self):
+        other = database.volume(lease_shared=2)
+        database.add(self.db, other)
+        self.start(self.flow('a'), shared=[f'volume-{other.id}'])
+        self.run_now()
+        self.assertEqual(
+            1, database.get(self.db, models.Volume, other.id).lease_shared
+        )
+
+    def test_a_failure_gives_back_what_was_shared_once(self):
+        other = database.snapshot(self.volume.id, lease_shared=2)
+        database.add(self.db, other)
+        self.start(self.flow('ab'), shared=[f'snapshot-{other.id}'])
+        self.troubles['b'] = errors.Invalid('x')
+        self.troubles['undo a'] = [errors.Unavailable('x')] * 3
+        self.to_the_end()
+        self.assertEqual(
+            1, database.get(self.db, models.Snapshot, other.id).lease_shared
+        )
+
+
+class Anew(JournalCase):
+    """A flow may place its job in another pool when one is full."""
+
+    def test_a_full_pool_sends_the_job_to_another_backend(self):
+        def again(job, error, session):
+            if error.kind != 'NoSpace' or job.row.backend == 'c':
+                return False
+            job.row.backend = 'c'
+            job.row.args = {**job.args, 'tried': 'b'}
+            return True
+
+        flow = self.flow('ab')
+        self.start(Flow(
+            flow.kind, flow.steps, failed=flow.failed, again=again,
+            ended=flow.ended,
+        ))
+        self.troubles['b'] = [errors.NoSpace('full')]
+        self.assertFalse(self.run_now())
+        self.assertEqual(['a', 'b', 'undo b', 'undo a'], [
+            each for each in self.done if not each.startswith('failed')
+        ])
+        row = self.fresh()
+        self.assertEqual(
+            ('open', 'do', 0, 'c', None, {'tried': 'b'}),
+            (row.state, row.direction, row.step, row.backend, row.owner,
+             row.args),
+        )
+        self.assertEqual('creating', self.status())
+        self.done.clear()
+        (found,) = self.db.read(
+            lambda s: jobs.due(s, ['c'], 'node-1', self.clock.now)
+        )
+        self.db.write(lambda s: jobs.take(
+            s, found, 'owner', 'node-1', self.clock.now, 30.0
+        ))
+        self.row = self.fresh()
+        self.assertTrue(self.run_now())
+        self.assertEqual(['a', 'b'], self.done)
+        self.assertEqual('done', self.fresh().state)
