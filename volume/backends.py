@@ -139,13 +139,16 @@ def _load(
     conf.register_opts(
         [o for o in exporter.options if o.name not in own], group=name
     )
-    for option in driver.options:
-        if option.required and group[option.dest] is None:
+    # Each value is read now: one that is wrong is this backend's trouble.
+    for option in (*options.BACKEND, *driver.options, *exporter.options):
+        if group[option.dest] is None and option.required:
             raise errors.Invalid(f'option {option.name} is missing')
     _refuse_overlap(conf, group, driver, node)
-    return Backend(
-        name, group, driver(group, node), exporter(group, node)
-    )
+    made = Backend(name, group, None, None)
+    with made.guard('__init__'):
+        made.driver = driver(group, node)
+        made.exporter = exporter(group, node)
+    return made
 
 
 def _refuse_overlap(

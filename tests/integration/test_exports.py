@@ -53,7 +53,7 @@ class ExportsCase(unittest.TestCase):
         with open(self.path, 'wb') as f:
             f.write(b'a volume')
             f.truncate(SIZE)
-        self.id = ids.new()
+        self.own_id = ids.new()
 
     def fresh_node(self) -> Any:
         """Return what a restarted service would have."""
@@ -93,7 +93,7 @@ class Claims:
         self: Any
     ) -> None:
         connection = self.exporter().export(
-            self.id, self.source(), HOST, WRITE
+            self.own_id, self.source(), HOST, WRITE
         )
         found = self.connector().attach(connection)
         self.assertEqual(found, self.connector().attach(connection))
@@ -108,27 +108,27 @@ class Claims:
         self.connector().detach(connection)
 
     def test_export_again_is_the_same_connection(self: Any) -> None:
-        first = self.exporter().export(self.id, self.source(), HOST, WRITE)
-        again = self.exporter().export(self.id, self.source(), HOST, WRITE)
+        first = self.exporter().export(self.own_id, self.source(), HOST, WRITE)
+        again = self.exporter().export(self.own_id, self.source(), HOST, WRITE)
         self.assertEqual(first, again)
-        self.assertEqual({self.id}, self.exporter().exported())
+        self.assertEqual({self.own_id}, self.exporter().exported())
 
     def test_export_of_another_source_is_a_conflict(self: Any) -> None:
         other = os.path.join(self.root, 'other')
         shutil.copy(self.path, other)
         exporter = self.exporter()
-        exporter.export(self.id, self.source(), HOST, WRITE)
+        exporter.export(self.own_id, self.source(), HOST, WRITE)
         for source, access in (
             (model.Device(other, False, 'raw'), WRITE),
             (self.source(), READ),
         ):
             with self.assertRaises(errors.Conflict):
-                exporter.export(self.id, source, HOST, access)
-        self.assertEqual({self.id}, exporter.exported())
+                exporter.export(self.own_id, source, HOST, access)
+        self.assertEqual({self.own_id}, exporter.exported())
 
     def test_connection_is_plain_json(self: Any) -> None:
         connection = self.exporter().export(
-            self.id, self.source(), HOST, READ
+            self.own_id, self.source(), HOST, READ
         )
         self.assertEqual(self.connector().protocol, connection.protocol)
         self.assertEqual(
@@ -138,29 +138,29 @@ class Claims:
 
     def test_exports_outlive_the_service(self: Any) -> None:
         connection = self.exporter().export(
-            self.id, self.source(), HOST, WRITE
+            self.own_id, self.source(), HOST, WRITE
         )
         self.node = self.fresh_node()
         exporter = self.exporter()
         exporter.check()
-        self.assertEqual({self.id}, exporter.exported())
+        self.assertEqual({self.own_id}, exporter.exported())
         self.connector().attach(connection)
-        exporter.unexport(self.id)
+        exporter.unexport(self.own_id)
         self.assertEqual(set(), exporter.exported())
 
     def test_unexport_of_what_is_gone_succeeds(self: Any) -> None:
         exporter = self.exporter()
-        exporter.unexport(self.id)
-        exporter.export(self.id, self.source(), HOST, WRITE)
-        exporter.unexport(self.id)
-        exporter.unexport(self.id)
+        exporter.unexport(self.own_id)
+        exporter.export(self.own_id, self.source(), HOST, WRITE)
+        exporter.unexport(self.own_id)
+        exporter.unexport(self.own_id)
         self.assertEqual(set(), exporter.exported())
 
     def test_one_hosts_export_ends_alone(self: Any) -> None:
         exporter, other = self.exporter(), ids.new()
-        exporter.export(self.id, self.source(), HOST, WRITE)
+        exporter.export(self.own_id, self.source(), HOST, WRITE)
         left = exporter.export(other, self.source(), OTHER, WRITE)
-        exporter.unexport(self.id)
+        exporter.unexport(self.own_id)
         self.assertEqual({other}, exporter.exported())
         found = self.connector().attach(left)
         run('qemu-io', '-f', 'raw', '-c', 'read -P 0 1M 64k', found)
@@ -175,7 +175,7 @@ class Claims:
     def test_absent_file_is_not_found(self: Any) -> None:
         source = model.Device(os.path.join(self.root, 'none'), False)
         with self.assertRaises(errors.NotFound):
-            self.exporter().export(self.id, source, HOST, WRITE)
+            self.exporter().export(self.own_id, source, HOST, WRITE)
         self.assertEqual(set(), self.exporter().exported())
 
     def test_connection_of_another_protocol_is_refused(self: Any) -> None:
@@ -202,13 +202,13 @@ class NbdExporterTest(Claims, ExportsCase):
 
     def test_old_url_no_longer_reads_after_unexport(self) -> None:
         exporter = self.exporter()
-        connection = exporter.export(self.id, self.source(), HOST, WRITE)
+        connection = exporter.export(self.own_id, self.source(), HOST, WRITE)
         uri = self.connector().attach(connection)
         with contextlib.closing(NbdClient(uri)) as session:
             buffer = bytearray(8)
             session.pread_into(buffer, 0)
             self.assertEqual(b'a volume', buffer)
-            exporter.unexport(self.id)
+            exporter.unexport(self.own_id)
             with self.assertRaises(errors.Unknown):
                 session.pread_into(buffer, 0)
         with self.assertRaises(subprocess.CalledProcessError):
@@ -218,13 +218,13 @@ class NbdExporterTest(Claims, ExportsCase):
 
     def test_fields_say_where_the_export_is(self) -> None:
         fields = self.exporter().export(
-            self.id, self.source(), HOST, WRITE
+            self.own_id, self.source(), HOST, WRITE
         ).fields
         directory = os.path.join(self.root, 'blockd')
         self.assertEqual(
             {
-                'uri': f'nbd+unix:///{self.id}?socket={directory}/nbd',
-                'export': self.id, 'socket': f'{directory}/nbd',
+                'uri': f'nbd+unix:///{self.own_id}?socket={directory}/nbd',
+                'export': self.own_id, 'socket': f'{directory}/nbd',
                 'access': 'rw',
             },
             fields,
@@ -239,7 +239,7 @@ class NbdExporterTest(Claims, ExportsCase):
         )
         self.addCleanup(self.node.blockd.stop)
         connection = self.exporter().export(
-            self.id, self.source(), HOST, READ
+            self.own_id, self.source(), HOST, READ
         )
         self.assertEqual('127.0.0.1', connection.fields['host'])
         self.assertEqual(port, connection.fields['port'])
@@ -260,14 +260,14 @@ class NbdExporterTest(Claims, ExportsCase):
                 'file': {'driver': 'file', 'filename': base},
             },
         }
-        connection = self.exporter().export(self.id, node, HOST, WRITE)
+        connection = self.exporter().export(self.own_id, node, HOST, WRITE)
         uri = self.connector().attach(connection)
         out = run('qemu-io', '-f', 'raw', '-c', 'read -P 9 0 64k', uri)
         self.assertNotIn('verification failed', out)
 
     def test_qcow2_device_is_served_by_its_format(self) -> None:
         device = model.Device(self.qcow2('q'), False, 'qcow2')
-        connection = self.exporter().export(self.id, device, HOST, WRITE)
+        connection = self.exporter().export(self.own_id, device, HOST, WRITE)
         size = json.loads(run(
             'nbdinfo', '--json', str(connection.fields['uri'])
         ))['exports'][0]['export-size']
@@ -277,7 +277,7 @@ class NbdExporterTest(Claims, ExportsCase):
         top = self.qcow2('top', below=self.qcow2('base'))
         device = model.Device(top, False, 'qcow2')
         with self.assertRaises(errors.Corrupt):
-            self.exporter().export(self.id, device, HOST, WRITE)
+            self.exporter().export(self.own_id, device, HOST, WRITE)
 
     def test_private_exports_are_not_attachments(self) -> None:
         node = {
@@ -292,7 +292,7 @@ class NbdExporterTest(Claims, ExportsCase):
 
     def test_promise_of_writing_is_proved(self) -> None:
         connection = self.exporter().export(
-            self.id, self.source(), HOST, READ
+            self.own_id, self.source(), HOST, READ
         )
         lie = model.Connection('nbd', {**connection.fields, 'access': 'rw'})
         with self.assertRaises(errors.Invalid):
@@ -300,12 +300,12 @@ class NbdExporterTest(Claims, ExportsCase):
 
     def test_dead_server_is_unavailable_to_a_host(self) -> None:
         connection = self.exporter().export(
-            self.id, self.source(), HOST, READ
+            self.own_id, self.source(), HOST, READ
         )
         self.node.blockd.stop()
         with self.assertRaises(errors.Unavailable):
             self.connector().attach(connection)
-        self.exporter().unexport(self.id)
+        self.exporter().unexport(self.own_id)
 
     def test_node_without_a_daemon_is_unavailable(self) -> None:
         self.node.blockd = None
@@ -328,14 +328,14 @@ class LocalExporterTest(Claims, ExportsCase):
                 'path': os.path.join(self.root, 'q'), 'format': 'qcow2',
                 'access': 'rw',
             },
-            self.exporter().export(self.id, device, HOST, WRITE).fields,
+            self.exporter().export(self.own_id, device, HOST, WRITE).fields,
         )
 
     def test_pointer_is_told_as_what_it_means_now(self) -> None:
         pointer = os.path.join(self.root, 'pointer')
         os.symlink(self.path, pointer)
         connection = self.exporter().export(
-            self.id, model.Device(pointer, False), HOST, WRITE
+            self.own_id, model.Device(pointer, False), HOST, WRITE
         )
         self.assertEqual(self.path, connection.fields['path'])
 
@@ -343,7 +343,7 @@ class LocalExporterTest(Claims, ExportsCase):
         node = {
             'driver': 'raw', 'file': {'driver': 'file', 'filename': self.path}
         }
-        fields = self.exporter().export(self.id, node, HOST, WRITE).fields
+        fields = self.exporter().export(self.own_id, node, HOST, WRITE).fields
         self.assertEqual((self.path, 'raw'),
                          (fields['path'], fields['format']))
 
@@ -356,34 +356,34 @@ class LocalExporterTest(Claims, ExportsCase):
             {'driver': 'raw', 'file': {'driver': 'rbd', 'pool': 'p'}},
         ):
             with self.assertRaisesRegex(errors.Unsupported, 'nbd'):
-                self.exporter().export(self.id, node, HOST, WRITE)
+                self.exporter().export(self.own_id, node, HOST, WRITE)
         self.assertEqual(set(), self.exporter().exported())
 
     def test_path_that_a_process_has_open_is_not_taken_away(self) -> None:
         exporter = self.exporter()
-        exporter.export(self.id, self.source(), HOST, WRITE)
+        exporter.export(self.own_id, self.source(), HOST, WRITE)
         with open(self.path, 'rb') as f:
             user = subprocess.Popen(
                 ['sleep', '60'], stdin=f, stdout=subprocess.DEVNULL
             )
         try:
             with self.assertRaisesRegex(errors.Busy, str(user.pid)):
-                exporter.unexport(self.id)
-            self.assertEqual({self.id}, exporter.exported())
+                exporter.unexport(self.own_id)
+            self.assertEqual({self.own_id}, exporter.exported())
         finally:
             user.kill()
             user.wait()
-        exporter.unexport(self.id)
+        exporter.unexport(self.own_id)
         self.assertEqual(set(), exporter.exported())
 
     def test_path_that_the_other_attachment_uses_is_let_go_of(self) -> None:
         exporter, other = self.exporter(), ids.new()
-        exporter.export(self.id, self.source(), HOST, WRITE)
+        exporter.export(self.own_id, self.source(), HOST, WRITE)
         exporter.export(other, self.source(), OTHER, WRITE)
         with open(self.path, 'rb') as f:
             user = subprocess.Popen(['sleep', '60'], stdin=f)
         try:
-            exporter.unexport(self.id)
+            exporter.unexport(self.own_id)
             with self.assertRaises(errors.Busy):
                 exporter.unexport(other)
         finally:
@@ -392,17 +392,17 @@ class LocalExporterTest(Claims, ExportsCase):
 
     def test_broken_record_is_corrupt_and_kept(self) -> None:
         exporter = self.exporter()
-        exporter.export(self.id, self.source(), HOST, WRITE)
-        record = os.path.join(self.root, 'local', f'{self.id}.json')
+        exporter.export(self.own_id, self.source(), HOST, WRITE)
+        record = os.path.join(self.root, 'local', f'{self.own_id}.json')
         with open(record, 'w') as f:
             f.write('{')
         with self.assertRaises(errors.Corrupt):
-            exporter.unexport(self.id)
+            exporter.unexport(self.own_id)
         self.assertTrue(os.path.exists(record))
 
     def test_path_that_is_gone_is_not_found_by_the_host(self) -> None:
         connection = self.exporter().export(
-            self.id, self.source(), HOST, WRITE
+            self.own_id, self.source(), HOST, WRITE
         )
         os.unlink(self.path)
         with self.assertRaises(errors.NotFound):

@@ -66,7 +66,7 @@ class Serving(Brokered):
     def setUp(self):
         self.world = World(self, settings=f'transport_url = {_broker.url}')
         self.await_consumers()
-        self.id = ids.new()
+        self.own_id = ids.new()
 
     def await_consumers(self):
         """Return when the service answers."""
@@ -96,17 +96,17 @@ class Serving(Brokered):
     def stored(self):
         return [
             name for name in os.listdir(self.world.pool)
-            if name == f'{self.id}.raw'
+            if name == f'{self.own_id}.raw'
         ]
 
     def test_a_compute_service_needs_no_database(self):
         compute = Compute(self, _broker.url)
         instance = ids.new()
         compute.create_volume(
-            self.id, confirm=False, size=1, tags=['ssd'], name='n'
+            self.own_id, confirm=False, size=1, tags=['ssd'], name='n'
         )
         found = until(
-            lambda: look(compute, self.id),
+            lambda: look(compute, self.own_id),
             lambda found: found and found['status'] == 'available',
         )
         self.assertEqual(
@@ -115,17 +115,17 @@ class Serving(Brokered):
              found['project_id']),
         )
         self.assertEqual(1, len(self.stored()))
-        compute.reserve_volume(self.id)
-        info = compute.initialize_connection(self.id, CONNECTOR)
+        compute.reserve_volume(self.own_id)
+        info = compute.initialize_connection(self.own_id, CONNECTOR)
         self.assertEqual('local', info['driver_volume_type'])
-        compute.attach_volume(self.id, instance, '/dev/vdb')
-        self.assertEqual('in-use', compute.get_volume(self.id)['status'])
-        compute.begin_detaching(self.id)
-        compute.terminate_connection(self.id, CONNECTOR)
-        compute.detach_volume(self.id)
-        self.assertEqual('available', compute.get_volume(self.id)['status'])
-        compute.delete_volume(self.id)
-        until(lambda: look(compute, self.id), lambda found: found is None)
+        compute.attach_volume(self.own_id, instance, '/dev/vdb')
+        self.assertEqual('in-use', compute.get_volume(self.own_id)['status'])
+        compute.begin_detaching(self.own_id)
+        compute.terminate_connection(self.own_id, CONNECTOR)
+        compute.detach_volume(self.own_id)
+        self.assertEqual('available', compute.get_volume(self.own_id)['status'])
+        compute.delete_volume(self.own_id)
+        until(lambda: look(compute, self.own_id), lambda found: found is None)
         loaded = compute.loaded()
         self.assertIn('volume.rpcapi', loaded)
         for name in 'sqlalchemy', 'volume.db', 'volume.verbs', 'volume.node':
@@ -133,14 +133,14 @@ class Serving(Brokered):
 
     def test_a_call_returns_when_it_is_promised_and_raises_our_kinds(self):
         compute = Compute(self, _broker.url)
-        made = compute.create_volume(self.id, size_bytes=MIB)
-        self.assertEqual((self.id, MIB), (made['id'], made['size_bytes']))
+        made = compute.create_volume(self.own_id, size_bytes=MIB)
+        self.assertEqual((self.own_id, MIB), (made['id'], made['size_bytes']))
         self.assertEqual(
-            [self.id], [row.id for row in self.rows()]
+            [self.own_id], [row.id for row in self.rows()]
         )
         for kind, word, ask in (
             (errors.Conflict, 'another way', lambda: (
-                compute.create_volume(self.id, size_bytes=2 * MIB))),
+                compute.create_volume(self.own_id, size_bytes=2 * MIB))),
             (errors.NoSpace, 'capacity', lambda: (
                 compute.create_volume(ids.new(), size=100))),
             (errors.NotFound, 'could not be found', lambda: (
@@ -151,7 +151,7 @@ class Serving(Brokered):
                 compute.create_volume('../x', size=1))),
             (errors.Invalid, 'not attached', lambda: (
                 compute.detach_volume(self.settled(
-                    self.client(), self.id)['id']))),
+                    self.client(), self.own_id)['id']))),
         ):
             with self.subTest(word), self.assertRaises(kind) as caught:
                 ask()
@@ -164,10 +164,10 @@ class Serving(Brokered):
         early = ids.new()
         api.delete_volume(CALLER, early)
         for _ in range(5):
-            api.create_volume(CALLER, self.id, confirm=False, size=1)
+            api.create_volume(CALLER, self.own_id, confirm=False, size=1)
         until(lambda: len(self.rows()), lambda count: count == 2)
         api.create_volume(CALLER, early, confirm=False, size=1)
-        self.settled(api, self.id)
+        self.settled(api, self.own_id)
         self.assertEqual(
             'deleted', api.create_volume(CALLER, early, size=1)['status']
         )
@@ -180,15 +180,15 @@ class Serving(Brokered):
         for kind, version, method, args in (
             (errors.Unsupported, '1.99', 'get_volume', {'volume_id': 'x'}),
             (errors.Unsupported, '2.0', 'create_volume', {
-                'volume_id': self.id, 'size': 1}),
+                'volume_id': self.own_id, 'size': 1}),
             (errors.Invalid, '1.0', '_is_extended', {}),
             (errors.Invalid, '1.0', '__init__', {'core': None}),
             (errors.Invalid, '1.0', 'core', {}),
             (errors.Invalid, '1.0', 'create_volume', {
-                'volume_id': self.id, 'size': 1, 'colour': 'red'}),
+                'volume_id': self.own_id, 'size': 1, 'colour': 'red'}),
             (errors.Invalid, '1.0', 'create_volume', {'size': 1}),
             (errors.Invalid, '1.0', 'create_volume', {
-                'volume_id': self.id, 'tags': 'ssd', 'size': 1}),
+                'volume_id': self.own_id, 'tags': 'ssd', 'size': 1}),
         ):
             with self.subTest(method, version=version, args=args):
                 with self.assertRaises(kind):
@@ -196,7 +196,7 @@ class Serving(Brokered):
                 bus.cast(CALLER, version, method, args)
         with self.assertRaises(errors.Invalid):
             bus.call({'user_id': 'u'}, '1.0', 'get_volume', {
-                'volume_id': self.id})
+                'volume_id': self.own_id})
         self.assertEqual([], self.rows())
 
     def test_garbage_in_the_queue_does_not_stop_the_service(self):
@@ -224,48 +224,48 @@ class Serving(Brokered):
             producer.publish(
                 {
                     'method': 'create_volume',
-                    'args': {'volume_id': self.id, 'size': '1'},
+                    'args': {'volume_id': self.own_id, 'size': '1'},
                     '_context_project_id': 'p', '_context_user_id': 'u',
                     '_context_is_admin': False,
                 },
                 exchange='volume', routing_key='volume', serializer='json',
             )
-        self.settled(self.client(), self.id)
-        self.assertEqual([self.id], [row.id for row in self.rows()])
+        self.settled(self.client(), self.own_id)
+        self.assertEqual([self.own_id], [row.id for row in self.rows()])
 
     def test_one_service_can_be_named(self):
         api = self.client()
         self.assertEqual(
             MIB, api.create_volume(
-                CALLER, self.id, size_bytes=MIB, host='node-1'
+                CALLER, self.own_id, size_bytes=MIB, host='node-1'
             )['size_bytes'],
         )
         with self.assertRaises(errors.Unavailable) as caught:
-            api.get_volume(CALLER, self.id, host='node-9')
+            api.get_volume(CALLER, self.own_id, host='node-9')
         self.assertIn('volume.node-9', str(caught.exception))
         with self.assertRaises(errors.Unavailable):
-            api.delete_volume(CALLER, self.id, host='node-9')
+            api.delete_volume(CALLER, self.own_id, host='node-9')
 
     def test_casts_wait_for_a_service_that_is_being_restarted(self):
         api = self.client()
         self.world.service.stop()
-        api.create_volume(CALLER, self.id, confirm=False, size=1)
+        api.create_volume(CALLER, self.own_id, confirm=False, size=1)
         self.assertEqual([], self.stored())
         path = os.path.join(self.world.directory, 'volume.conf')
         again = service.Service(options.load([], [path]))
         again.start()
         self.addCleanup(again.stop)
-        self.settled(api, self.id)
+        self.settled(api, self.own_id)
         self.assertEqual(1, len(self.stored()))
 
     def test_a_broker_that_goes_and_comes_back_costs_nothing(self):
         api = self.client(timeout_s=20)
-        api.create_volume(CALLER, self.id, size_bytes=MIB)
-        self.settled(api, self.id)
+        api.create_volume(CALLER, self.own_id, size_bytes=MIB)
+        self.settled(api, self.own_id)
         _broker.stop()
         try:
             with self.assertRaises(errors.VolumeError) as caught:
-                self.client(retries=0).get_volume(CALLER, self.id)
+                self.client(retries=0).get_volume(CALLER, self.own_id)
             self.assertIs(errors.Unavailable, type(caught.exception))
         finally:
             _broker.start()
@@ -273,19 +273,19 @@ class Serving(Brokered):
         until(lambda: made(api, other), bool)
         self.settled(api, other)
         self.assertEqual(
-            {self.id, other}, {row.id for row in self.rows()}
+            {self.own_id, other}, {row.id for row in self.rows()}
         )
 
     def test_no_secret_of_a_connection_is_logged(self):
         with everything_logged() as lines:
             api = self.client()
-            api.create_volume(CALLER, self.id, size_bytes=MIB)
-            self.settled(api, self.id)
-            info = api.initialize_connection(CALLER, self.id, CONNECTOR)
-            api.terminate_connection(CALLER, self.id, CONNECTOR)
+            api.create_volume(CALLER, self.own_id, size_bytes=MIB)
+            self.settled(api, self.own_id)
+            info = api.initialize_connection(CALLER, self.own_id, CONNECTOR)
+            api.terminate_connection(CALLER, self.own_id, CONNECTOR)
             with self.assertRaises(errors.Invalid):
                 api.initialize_connection(
-                    CALLER, self.id, {'secret': 'sesame'}
+                    CALLER, self.own_id, {'secret': 'sesame'}
                 )
         self.assertIn('driver_volume_type', info)
         self.assertIn('Invalid', '\n'.join(lines))

@@ -30,15 +30,15 @@ class Serving(unittest.TestCase):
             'capacity_gib = 3\ntags = ssd'
         ))
         self.client = VolumeAPI.local(VolumeManager(self.world.core))
-        self.id = ids.new()
+        self.own_id = ids.new()
 
     def make(self, **changes):
         return self.client.create_volume(
-            CALLER, self.id, **{'size_bytes': MIB, **changes}
+            CALLER, self.own_id, **{'size_bytes': MIB, **changes}
         )
 
     def status(self):
-        return self.client.get_volume(CALLER, self.id)['status']
+        return self.client.get_volume(CALLER, self.own_id)['status']
 
     def events(self):
         return [event for event, _ in self.world.events]
@@ -48,10 +48,10 @@ class Serving(unittest.TestCase):
 
     def test_a_cast_makes_a_whole_volume(self):
         self.client.create_volume(
-            CALLER, self.id, confirm=False, size=1, name='n',
+            CALLER, self.own_id, confirm=False, size=1, name='n',
             metadata={'a': 'b'}, tags={'ssd'},
         )
-        found = self.client.get_volume(CALLER, self.id)
+        found = self.client.get_volume(CALLER, self.own_id)
         self.assertEqual(
             ('available', 1, GIB, 'n', {'a': 'b'}, 'detached', []),
             tuple(found[name] for name in (
@@ -59,7 +59,7 @@ class Serving(unittest.TestCase):
                 'attach_status', 'attachments',
             )),
         )
-        self.assertEqual({self.id}, self.world.stored())
+        self.assertEqual({self.own_id}, self.world.stored())
         self.assertEqual(
             ['volume.create.start', 'volume.create.end'], self.events()
         )
@@ -83,25 +83,25 @@ class Serving(unittest.TestCase):
         event, payload = self.world.events[-1]
         self.assertEqual('volume.create.error', event)
         self.assertEqual(
-            (self.id, 'Conflict'),
+            (self.own_id, 'Conflict'),
             (payload['volume_id'], payload['error_kind']),
         )
         self.assertEqual(
-            MIB, self.client.get_volume(CALLER, self.id)['size_bytes']
+            MIB, self.client.get_volume(CALLER, self.own_id)['size_bytes']
         )
 
     def test_another_projects_id_is_a_conflict_and_not_shown(self):
         self.make()
         with self.assertRaises(errors.Conflict):
             self.client.create_volume(
-                Caller('q', 'v'), self.id, size_bytes=MIB
+                Caller('q', 'v'), self.own_id, size_bytes=MIB
             )
         with self.assertRaises(errors.NotFound):
-            self.client.get_volume(Caller('q', 'v'), self.id)
+            self.client.get_volume(Caller('q', 'v'), self.own_id)
 
     def test_novas_bare_cast_for_a_known_row_is_a_mere_hint(self):
         self.make()
-        self.client.create_volume(CALLER, self.id, confirm=False)
+        self.client.create_volume(CALLER, self.own_id, confirm=False)
         self.assertEqual(
             ['volume.create.start', 'volume.create.end'], self.events()
         )
@@ -115,17 +115,17 @@ class Serving(unittest.TestCase):
 
     def test_a_full_pool_leaves_a_casts_row_in_error_with_the_reason(self):
         self.make(size_bytes=4 * GIB, confirm=False)
-        found = self.client.get_volume(CALLER, self.id)
+        found = self.client.get_volume(CALLER, self.own_id)
         self.assertEqual('error', found['status'])
         self.assertIn('capacity', found['reason'])
-        self.client.delete_volume(CALLER, self.id)
+        self.client.delete_volume(CALLER, self.own_id)
         with self.assertRaises(errors.NotFound):
-            self.client.get_volume(CALLER, self.id)
+            self.client.get_volume(CALLER, self.own_id)
 
     def test_sizes_are_gib_or_bytes_and_nothing_else(self):
         self.make(size_bytes=None, size='2')
         self.assertEqual(
-            2 * GIB, self.client.get_volume(CALLER, self.id)['size_bytes']
+            2 * GIB, self.client.get_volume(CALLER, self.own_id)['size_bytes']
         )
         for sizes in (
             {'size': '2Gb'}, {'size': 0}, {'size': -1}, {'size': '-1'},
@@ -148,11 +148,11 @@ class Serving(unittest.TestCase):
         self.assertEqual([], self.rows())
 
     def test_a_delete_that_overtakes_its_create_wins(self):
-        self.client.delete_volume(CALLER, self.id)
+        self.client.delete_volume(CALLER, self.own_id)
         self.make(confirm=False)
         self.assertEqual('deleted', self.make()['status'])
         with self.assertRaises(errors.NotFound):
-            self.client.get_volume(CALLER, self.id)
+            self.client.get_volume(CALLER, self.own_id)
         self.assertEqual(set(), self.world.stored())
         self.assertEqual([], self.events())
         self.assertEqual([], self.world.disagreements())
@@ -160,7 +160,7 @@ class Serving(unittest.TestCase):
     def test_a_delete_again_is_nothing(self):
         self.make()
         for _ in range(3):
-            self.client.delete_volume(CALLER, self.id)
+            self.client.delete_volume(CALLER, self.own_id)
         self.assertEqual(
             ['volume.create.start', 'volume.create.end',
              'volume.delete.start', 'volume.delete.end'], self.events(),
@@ -175,22 +175,22 @@ class Serving(unittest.TestCase):
                 for name in runs.__dataclass_fields__
             } | {'hint': lambda *known: None})
         ))
-        slow.delete_volume(CALLER, self.id, confirm=True)
+        slow.delete_volume(CALLER, self.own_id, confirm=True)
         self.assertEqual('deleting', self.status())
-        slow.delete_volume(CALLER, self.id, confirm=True)
+        slow.delete_volume(CALLER, self.own_id, confirm=True)
         self.assertNotIn('volume.delete.error', self.events())
         self.world.restart()
         self.assertEqual(set(), self.world.stored())
 
     def test_a_foreign_project_cannot_delete_nor_bury(self):
         self.make()
-        self.client.delete_volume(Caller('q', 'v'), self.id)
+        self.client.delete_volume(Caller('q', 'v'), self.own_id)
         self.assertEqual('available', self.status())
 
     def test_an_attached_volume_is_not_deleted_and_that_is_told(self):
         self.make()
-        self.client.initialize_connection(CALLER, self.id, CONNECTOR)
-        self.client.delete_volume(CALLER, self.id)
+        self.client.initialize_connection(CALLER, self.own_id, CONNECTOR)
+        self.client.delete_volume(CALLER, self.own_id)
         event, payload = self.world.events[-1]
         self.assertEqual('volume.delete.error', event)
         self.assertIn('attached', payload['reason'])
@@ -199,20 +199,20 @@ class Serving(unittest.TestCase):
         self.make()
         for _ in range(2):
             self.client.extend_volume(
-                CALLER, self.id, new_size_bytes=2 * MIB
+                CALLER, self.own_id, new_size_bytes=2 * MIB
             )
-        self.client.extend_volume(CALLER, self.id, 1, confirm=True)
+        self.client.extend_volume(CALLER, self.own_id, 1, confirm=True)
         self.assertNotIn('volume.resize.error', self.events())
         self.assertEqual(
-            GIB, self.client.get_volume(CALLER, self.id)['size_bytes']
+            GIB, self.client.get_volume(CALLER, self.own_id)['size_bytes']
         )
-        self.client.extend_volume(CALLER, self.id, new_size_bytes=MIB)
+        self.client.extend_volume(CALLER, self.own_id, new_size_bytes=MIB)
         self.assertEqual('volume.resize.error', self.events()[-1])
 
     def test_a_host_attaches_and_detaches_by_the_six_verbs(self):
         instance = ids.new()
         self.make()
-        api, args = self.client, (CALLER, self.id)
+        api, args = self.client, (CALLER, self.own_id)
         api.reserve_volume(*args)
         self.assertEqual('attaching', self.status())
         with self.assertRaises(errors.Invalid):
@@ -246,24 +246,24 @@ class Serving(unittest.TestCase):
 
     def test_a_reservation_is_given_back(self):
         self.make()
-        self.client.reserve_volume(CALLER, self.id)
-        self.client.unreserve_volume(CALLER, self.id)
+        self.client.reserve_volume(CALLER, self.own_id)
+        self.client.unreserve_volume(CALLER, self.own_id)
         self.assertEqual('available', self.status())
-        self.client.unreserve_volume(CALLER, self.id)
+        self.client.unreserve_volume(CALLER, self.own_id)
         self.assertEqual('available', self.status())
 
     def test_an_instance_that_is_no_uuid_is_refused(self):
         self.make()
         with self.assertRaises(errors.Invalid):
-            self.client.attach_volume(CALLER, self.id, 'vm', '/dev/vdb')
+            self.client.attach_volume(CALLER, self.own_id, 'vm', '/dev/vdb')
         self.assertEqual('available', self.status())
 
     def test_a_volume_says_nothing_of_its_connection(self):
         self.make()
         info = self.client.initialize_connection(
-            CALLER, self.id, {**CONNECTOR, 'secret': 'sesame'}
+            CALLER, self.own_id, {**CONNECTOR, 'secret': 'sesame'}
         )
-        found = self.client.get_volume(CALLER, self.id)
+        found = self.client.get_volume(CALLER, self.own_id)
         self.assertEqual('h1', found['attachments'][0]['host'])
         self.assertNotIn('sesame', repr(found))
         self.assertNotIn(str(info['data']), repr(found))
@@ -272,11 +272,11 @@ class Serving(unittest.TestCase):
         self.make()
         path = os.path.join(self.world.images, 'out.raw')
         self.client.copy_volume_to_image(
-            CALLER, self.id, f'file://{path}'
+            CALLER, self.own_id, f'file://{path}'
         )
         self.assertEqual('available', self.status())
         self.assertEqual(MIB, os.path.getsize(path))
-        self.client.copy_volume_to_image(CALLER, self.id, 'no-url')
+        self.client.copy_volume_to_image(CALLER, self.own_id, 'no-url')
         self.assertEqual('volume.upload.error', self.events()[-1])
 
     def test_wake_runs_a_job_of_ours_and_leaves_others(self):
@@ -307,16 +307,16 @@ class Snapshots(unittest.TestCase):
             blockd=True,
         )
         self.client = VolumeAPI.local(VolumeManager(self.world.core))
-        self.volume_id, self.id = ids.new(), ids.new()
+        self.volume_id, self.own_id = ids.new(), ids.new()
         self.client.create_volume(CALLER, self.volume_id, size_bytes=MIB)
 
     def take(self):
-        self.client.create_snapshot(CALLER, self.volume_id, self.id)
+        self.client.create_snapshot(CALLER, self.volume_id, self.own_id)
 
     def test_a_snapshot_is_made_once_and_deleted_once(self):
         self.take()
         self.take()
-        found = self.client.get_snapshot(CALLER, self.id)
+        found = self.client.get_snapshot(CALLER, self.own_id)
         self.assertEqual(
             ('available', '100%', self.volume_id, MIB),
             tuple(found[name] for name in (
@@ -324,9 +324,9 @@ class Snapshots(unittest.TestCase):
             )),
         )
         for _ in range(2):
-            self.client.delete_snapshot(CALLER, self.id)
+            self.client.delete_snapshot(CALLER, self.own_id)
         with self.assertRaises(errors.NotFound):
-            self.client.get_snapshot(CALLER, self.id)
+            self.client.get_snapshot(CALLER, self.own_id)
         self.assertEqual(
             ['snapshot.create.start', 'snapshot.create.end',
              'snapshot.delete.start', 'snapshot.delete.end'],
@@ -335,20 +335,20 @@ class Snapshots(unittest.TestCase):
         )
 
     def test_a_delete_that_overtakes_its_snapshot_wins(self):
-        self.client.delete_snapshot(CALLER, self.id)
+        self.client.delete_snapshot(CALLER, self.own_id)
         self.take()
         with self.assertRaises(errors.NotFound):
-            self.client.get_snapshot(CALLER, self.id)
+            self.client.get_snapshot(CALLER, self.own_id)
         self.assertEqual([], self.world.disagreements())
 
     def test_a_volume_is_made_from_a_snapshot_of_the_same_size(self):
         self.take()
         clone_id = ids.new()
         self.client.create_volume(
-            CALLER, clone_id, self.id, confirm=False
+            CALLER, clone_id, self.own_id, confirm=False
         )
         found = self.client.get_volume(CALLER, clone_id)
         self.assertEqual(
-            ('available', self.id, MIB),
+            ('available', self.own_id, MIB),
             (found['status'], found['snapshot_id'], found['size_bytes']),
         )

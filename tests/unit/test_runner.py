@@ -70,7 +70,7 @@ class RunnerCase(unittest.TestCase):
         self.ran.append(job.row.id)
 
     def accept(self, **values):
-        row = database.job(kind=KIND, **values)
+        row = database.job(**{'kind': KIND, **values})
         database.add(self.db, row)
         return row
 
@@ -352,7 +352,7 @@ class Bugs(RunnerCase):
             raise ZeroDivisionError
 
         self.step = work
-        row = self.accept()
+        row = self.accept(give_up_at=database.NOW + 100)
         self.runner.hint(row)
         for _ in range(100):
             self.until(lambda: not self.runner.busy())

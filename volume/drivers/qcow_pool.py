@@ -69,7 +69,7 @@ LOCK_S = 60.0
 DEPTH_MAX = 250  # more is a loop, or nothing that we made
 SETTLED_NS = 10 ** 9
 MERGE_END_S = 5.0
-MERGE_VERBS = (['check'], ['commit'], ['rebase'])
+MERGES = (['check', '-q'], ['commit', '-q'], ['rebase', '-q'])
 TRIES = 3
 
 
@@ -566,7 +566,7 @@ def _end_merges(paths: frozenset[str]) -> None:
     deadline = time.monotonic() + MERGE_END_S
     while pids := [
         pid for pid in qcow_layers.openers(paths, 'qemu-img')
-        if qcow_layers.words_of(pid)[1:2] in MERGE_VERBS
+        if qcow_layers.words_of(pid)[1:3] in MERGES
     ]:
         if time.monotonic() > deadline:
             raise errors.Busy(

@@ -37,6 +37,10 @@ def delete_volume(
         volumes.delete(
             core, caller, volume_id, force=force, cascade=cascade
         )
+    except errors.Invalid:
+        # Another may have begun to end it since we looked.
+        if not _is_ending(core, caller, models.Volume, volume_id, force):
+            raise
     except errors.NotFound:
         volumes.bury(core, caller, volume_id)
         # The create may have come between the look and the tombstone.
@@ -54,6 +58,10 @@ def delete_snapshot(
         return
     try:
         snapshots.delete(core, caller, snapshot_id, force=force)
+    except errors.Invalid:
+        # Another may have begun to end it since we looked.
+        if not _is_ending(core, caller, models.Snapshot, snapshot_id, force):
+            raise
     except errors.NotFound:
         _bury_snapshot(core, caller, snapshot_id)
         if _is_alive(core, caller, models.Snapshot, snapshot_id):
@@ -86,8 +94,11 @@ def _is_ending(
     if force:
         return False  # a person may have to push what hangs
     row = _find(core, caller, table, row_id)
-    return row is not None and (
-        row.status == 'deleting' and row.lease_job is not None
+    if row is None or row.deleted_at is not None:
+        return row is not None
+    job = core.db.read(lambda s: s.get(models.Job, row.lease_job or ''))
+    return row.status == 'deleting' and job is not None and (
+        job.state == 'open'
     )
 
 

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A section that is wrong is a backend that is down, and no more than that."""
+
+import os
+import unittest
+
+from volume import backends
+from volume import conf as options
+from volume import errors
+from volume import model
+from volume.node import Node
+from volume.testing import fixtures
+
+
+class Sections(unittest.TestCase):
+    def load(self, text, names):
+        directory = fixtures.state_dir(self)
+        os.mkdir(os.path.join(directory, 'pool'))
+        path = os.path.join(directory, 'volume.conf')
+        with open(path, 'w') as f:
+            f.write(
+                f'[DEFAULT]\nenabled_backends = {names}\n'
+                f'state_path = {directory}/state\n'
+                f'[good]\ndriver = file\ndirectories = {directory}/pool\n'
+                f'exporter = local\n{text.format(root=directory)}\n'
+            )
+        node = Node(os.path.join(directory, 'state'))
+        found = backends.load(options.load([], [path]), node)
+        for each in found.values():
+            each.check()
+        return found
+
+    def down(self, text, name='bad'):
+        """Return why a backend is down; the good one beside it serves."""
+        found = self.load(text, f'{name}, good')
+        self.assertTrue(found['good'].is_up, found['good'].reason)
+        self.assertEqual(['pool'], list(found['good'].pools))
+        self.assertFalse(found[name].is_up)
+        self.assertEqual({}, found[name].pools)
+        return found[name].reason
+
+    def test_a_driver_that_is_not_installed_is_named_with_those_that_are(self):
+        reason = self.down('[bad]\ndriver = tape')
+        self.assertIn("section [bad]: there is no driver 'tape'", reason)
+        self.assertIn('file, qcow', reason)
+
+    def test_a_section_without_driver_says_so(self):
+        self.assertIn('option driver is missing', self.down('[bad]\ncost=1'))
+
+    def test_a_section_that_is_not_there_says_so(self):
+        self.assertIn('option driver is missing', self.down(''))
+
+    def test_an_exporter_that_is_not_installed_is_named(self):
+        self.assertIn("exporter 'pigeon'", self.down(
+            '[bad]\ndriver = file\ndirectories = /x\nexporter = pigeon'
+        ))
+
+    def test_a_required_option_that_is_missing_is_named(self):
+        self.assertIn(
+            'option directories is missing', self.down('[bad]\ndriver = file')
+        )
+
+    def test_an_option_that_cannot_be_read_is_named(self):
+        for text in (
+            'cost = cheap', 'max_parallel = 0', 'max_parallel = 65',
+            'reserved_percent = 101', 'oversubscription = -1',
+        ):
+            with self.subTest(text):
+                name = text.split()[0]
+                self.assertIn(name, self.down(
+                    '[bad]\ndriver = file\nexporter = local\n'
+                    f'directories = {{root}}/pool\n{text}'
+                ))
+
+    def test_a_name_that_no_row_can_carry_is_refused(self):
+        name = 'b' * 65
+        self.assertIn('64 characters', self.down(
+            f'[{name}]\ndriver = file\ndirectories = /x', name
+        ))
+
+    def test_a_check_that_fails_leaves_the_others_up(self):
+        self.assertIn('/nowhere', self.down(
+            '[bad]\ndriver = file\ndirectories = /nowhere'
+        ))
+
+    def test_a_name_that_stands_twice_is_one_backend(self):
+        found = self.load('', 'good, good')
+        self.assertEqual(['good'], list(found))
+        self.assertTrue(found['good'].is_up)
+
+    def test_no_backend_at_all_is_no_error(self):
+        self.assertEqual({}, self.load('', ''))
+
+    def test_what_cannot_be_loaded_is_refused_as_not_there_now(self):
+        found = self.load('[bad]\ndriver = tape', 'bad, good')
+        with self.assertRaisesRegex(errors.Unavailable, 'tape'):
+            found['bad'].call('create', model.Volume('x', 'p', 512))
+
+    def test_an_image_directory_may_not_hold_volumes(self):
+        directory = fixtures.state_dir(self)
+        for images in directory, f'{directory}/pool', f'{directory}/pool/a':
+            with self.subTest(images):
+                path = os.path.join(directory, 'volume.conf')
+                with open(path, 'w') as f:
+                    f.write(
+                        '[DEFAULT]\nenabled_backends = b\n'
+                        f'image_allowed_directories = {images}\n'
+                        f'[b]\ndriver = file\n'
+                        f'directories = {directory}/pool\n'
+                    )
+                found = backends.load(
+                    options.load([], [path]), Node('/tmp/elsewhere')
+                )
+                self.assertIn('image directory', found['b'].reason)
+
+
+class Broken:
+    """A driver with a bug in each verb."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def check(self):
+        if self.error:
+            raise self.error
+
+    def pools(self):
+        return [model.Pool('p', 1, 1, True, frozenset({'Clone'}))]
+
+    def create(self, volume):
+        raise ZeroDivisionError
+
+    def delete(self, volume):
+        raise errors.Busy('in use')
+
+
+class Guards(unittest.TestCase):
+    def test_a_drivers_bug_is_unknown_and_names_the_verb(self):
+        backend = backends.Backend('b', None, Broken(), None)
+        with self.assertLogs('volume.backends', 'ERROR') as logged:
+            with self.assertRaisesRegex(
+                errors.Unknown, 'backend b.*create: ZeroDivisionError'
+            ):
+                backend.call('create', None)
+        self.assertIn('Traceback', logged.output[0])
+
+    def test_our_own_errors_pass(self):
+        backend = backends.Backend('b', None, Broken(), None)
+        with self.assertRaises(errors.Busy):
+            backend.call('delete', None)
+
+    def test_a_bug_in_a_check_is_a_backend_that_is_down(self):
+        backend = backends.Backend('b', None, Broken(ValueError()), None)
+        backend.check()
+        self.assertFalse(backend.is_up)
+        self.assertIn('ValueError', backend.reason)
+
+    def test_a_backend_that_recovers_is_up_again_without_a_reason(self):
+        driver = Broken(errors.Unavailable('no answer'))
+        backend = backends.Backend('b', None, driver, None)
+        backend.check()
+        self.assertEqual((False, 'no answer'), (backend.is_up, backend.reason))
+        driver.error = None
+        backend.check()
+        self.assertEqual((True, ''), (backend.is_up, backend.reason))
+        self.assertTrue(backend.feature('p', 'Clone'))
+        self.assertFalse(backend.feature('p', 'Revert'))
+        self.assertFalse(backend.feature('q', 'Clone'))
+
+    def test_its_trouble_is_logged_once_while_it_stays_the_same(self):
+        backend = backends.Backend(
+            'b', None, Broken(errors.Unavailable('no answer')), None
+        )
+        with self.assertLogs('volume.backends', 'INFO') as logged:
+            for _ in range(3):
+                backend.check()
+        self.assertEqual(1, len(logged.output))
