@@ -422,6 +422,9 @@ def _adopt(
                 deleted_at=None,
             ))
             return True
+        if note.get('filled') == 'no':
+            common['status'] = 'error'
+            common['reason'] = 'it was being filled when its row was lost'
         session.merge(models.Volume(
             **common, claimed_bytes=found.size_bytes, lease_shared=0,
             launched_at=now, deleted_at=None,

@@ -297,9 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``volume-service`` until it is told to stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.umask(0o077)
-    conf = options.load(arguments)
-    logs.set_up(conf.log_level)
     try:
+        conf = options.load(arguments)
+        logs.set_up(conf.log_level)
         service = Service(conf, reload=lambda: options.load(arguments))
         told = threading.Event()
         wanted: list[int] = []
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, tell)
         service.start()
-    except errors.VolumeError as wrong:
+    except (errors.VolumeError, cfg.Error, ValueError) as wrong:
         print(f'volume-service: {wrong}', file=sys.stderr)
         return 1
     if service.address:

@@ -40,6 +40,7 @@ class Scenario:
     """One volume ``v`` that holds ``a``; nothing is done to it."""
 
     needs: frozenset[str] = frozenset()
+    exporter: str | None = None
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -361,6 +362,27 @@ class Upload(Scenario):
         assert not left, f'drafts are left: {left}'
 
 
+class UploadAttached(Upload):
+    """A host writes on; the image holds the moment that was asked for."""
+
+    exporter = 'nbd'
+
+    def prepare(self) -> None:
+        super().prepare()
+        attachments.reserve(self.world.core, CALLER, self.v)
+        attachments.connect(self.world.core, CALLER, self.v, CONNECTOR)
+        attachments.attach(
+            self.world.core, CALLER, self.v, ids.new(), '/dev/vdb'
+        )
+
+    def act(self) -> None:
+        self.path = os.path.join(self.world.images, 'out.raw')
+        images.upload(
+            self.world.core, CALLER, self.v, f'file://{self.path}',
+            force=True,
+        )
+
+
 class Adopt(Scenario):
     needs = frozenset({'Adopt'})
 
@@ -430,5 +452,5 @@ class Flatten(Scenario):
 SCENARIOS = (
     Create, CreateFromImage, CreateFromQcow2, CloneVolume, CloneSnapshot,
     Delete, DeleteCascade, DeleteOrigin, Extend, Snapshot, DeleteSnapshot,
-    Revert, Attach, AttachApi, Detach, Upload, Adopt, Disown, Flatten,
+    Revert, Attach, AttachApi, Detach, Upload, UploadAttached, Adopt, Disown, Flatten,
 )

@@ -58,6 +58,8 @@ class FlowFaults:
         self, scenario: type[scenarios.Scenario], fault: faults.Fault | None
     ) -> list[str]:
         """Run the scenario with a fault; return what the node did."""
+        if scenario.exporter not in (None, self.exporter):
+            self.skipTest(f'no exporter {scenario.exporter}')
         world = self.world()
         try:
             run = scenario(world)

@@ -381,7 +381,7 @@ class ManyTest(QcowCase):
         if os.getuid():
             self.skipTest('not root: all of these tests show it')
         os.chmod(self.node.state_dir, 0o755)
-        for top, names, _ in os.walk(os.path.dirname(self.directory)):
+        for top, *_ in os.walk(os.path.dirname(self.directory)):
             os.chmod(top, 0o777)
         os.chown(self.path('.lock'), NOBODY, NOBODY)
         code = (

@@ -31,7 +31,9 @@ from volume import errors
 from volume import locks
 from volume import logs
 from volume import reconcile
+from volume import report
 from volume.blockd import Blockd
+from volume.db import history
 from volume.db import migrate
 from volume.db import models
 from volume.db.engine import Database
@@ -119,6 +121,10 @@ def reconcile_command(args: Args) -> int:
     with contextlib.ExitStack() as stack:
         if not args.dry_run:
             stack.enter_context(_service_down(conf))
+            # A database that was rebuilt has no pools to add claims to.
+            db.write(lambda session: report.report(
+                session, list(table.values()), conf.host, db.clock()
+            ))
         findings = reconcile.look(db, table)
         mended = [] if args.dry_run else reconcile.mend(
             db, table, findings, adopt=args.adopt,
@@ -328,6 +334,11 @@ def _backup(db: Database, target: str | None) -> int:
     with contextlib.closing(source):
         with contextlib.closing(sqlite3.connect(target)) as copy:
             source.backup(copy)
+    made = Database(f'sqlite:///{os.path.abspath(target)}')
+    made.write(lambda session: history.end_open_jobs(session, made.clock()))
+    with made.engine.connect() as connection:
+        connection.exec_driver_sql('PRAGMA wal_checkpoint(TRUNCATE)')
+    made.close()
     print(f'{target}: {os.path.getsize(target)} bytes')
     return 0
 
@@ -341,10 +352,11 @@ def _show(rows: list[dict[str, Any]], args: Args) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*rows[0], box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(Text(str(value)) for value in row.values()))
     width = None if sys.stdout.isatty() else 200
     Console(width=width, soft_wrap=False).print(table)
 

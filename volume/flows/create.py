@@ -55,7 +55,7 @@ def provision(job: Job) -> Effect:
         handle = job.backend.call('clone', source, volume)
     else:
         handle = job.backend.call('create', volume)
-    sidecar.write(job)
+    sidecar.write(job, is_filled=False)
     job.known[volume.id].handle = handle
     is_image = bool(job.volume_row().image)
     return rows.volume(
@@ -69,6 +69,8 @@ def fill_volume(job: Job) -> Effect:
     driver = job.backend.need()
     if row.image:
         with job.backend.guard('fill'):
+            job.backend.refresh()
+            pool = job.backend.pools.get(row.pool)
             fill.fill_from_image(
                 driver, job.volume(), job.source_for(row.image['url']),
                 row.image['url'],
@@ -80,6 +82,7 @@ def fill_volume(job: Job) -> Effect:
                 watch=job.watch,
                 rate_bytes_per_s=job.rate_bytes_per_s,
                 fresh=_is_fresh(job),
+                free_bytes=pool.free_bytes if pool else None,
             )
     elif source is not None and not _clones(job, source):
         origin = job.backend_of(_source_row(job).backend)
@@ -90,6 +93,7 @@ def fill_volume(job: Job) -> Effect:
                 rate_bytes_per_s=job.rate_bytes_per_s,
                 fresh=_is_fresh(job),
             )
+    sidecar.write(job)
     return _publish(job, row.handle)
 
 

@@ -103,19 +103,23 @@ def fill_from_image(
     watch: copy.Watch | None = None,
     rate_bytes_per_s: int | None = None,
     fresh: bool = False,
+    free_bytes: int | None = None,
 ) -> Filled:
     """Fill a volume with the disk that is in an image.
 
-    ``token`` names what is spooled; ``watch`` is called with bytes done and
+    ``free_bytes`` is what the pool can store now, if known. ``token`` names
+    what is spooled; ``watch`` is called with bytes done and
     in all, and what it raises (say, ``Cancelled``) ends the work.
 
     :raises Invalid: the image is refused, too large, or its checksum wrong
     :raises Conflict: it changed on the way
+    :raises NoSpace: the pool, or the spool, cannot store it now
     """
     wanted = copy.checksum(checksum)
     facts = describe_image(source, url, declared_format)
     name = f'image {masked(url)}'
     check_fits(facts.virtual_size_bytes, volume, name)
+    _check_room(facts, name, node, spool_directory, free_bytes)
     way = Way(node, token, spool_directory, watch, rate_bytes_per_s)
     fill = _Fill(driver, volume, way, wanted, fresh, name)
     if facts.stat.path is not None:
@@ -178,6 +182,36 @@ def copy_volume(
             target_driver, volume, reader, source.size_bytes, way, fresh,
             extents=reader.extents(),
         )
+
+
+def _check_room(
+    facts: ImageFacts,
+    name: str,
+    node: Node,
+    spool_directory: str,
+    free_bytes: int | None,
+) -> None:
+    """Refuse before the first byte what cannot be stored now.
+
+    A raw image may be mostly zeros, which take no room; of the other
+    formats the file's size says how much data there is, at least.
+    """
+    if facts.format == 'raw':
+        return
+    size_bytes = facts.stat.size_bytes or 0
+    if free_bytes is not None and size_bytes > free_bytes:
+        raise errors.NoSpace(
+            f'{name} holds {size_bytes} bytes, and the pool has {free_bytes} '
+            'free'
+        )
+    if facts.stat.path is None:
+        node.make_directory(spool_directory)
+        room_bytes = node.space(spool_directory).free_bytes
+        if size_bytes > room_bytes:
+            raise errors.NoSpace(
+                f'{name} has {size_bytes} bytes, and the directory where it '
+                f'is spooled has {room_bytes} free'
+            )
 
 
 class _Fill:

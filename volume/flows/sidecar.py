@@ -7,10 +7,13 @@ from volume.drivers import base
 from volume.journal import Job
 
 
-def write(job: Job, size_bytes: int | None = None) -> None:
+def write(
+    job: Job, size_bytes: int | None = None, is_filled: bool = True
+) -> None:
     """Describe the job's volume where its driver can keep a note.
 
-    Names, sizes and owners: nothing in it is a secret.
+    Names, sizes and owners: nothing in it is a secret. A volume that is
+    being filled says so: it must never be taken for a whole one.
     """
     if not isinstance(job.backend.driver, base.Describe):
         return
@@ -22,5 +25,6 @@ def write(job: Job, size_bytes: int | None = None) -> None:
         'project_id': row.project_id,
         'user_id': row.user_id,
         'created_at': f'{row.created_at:.3f}',
+        'filled': 'yes' if is_filled else 'no',
         'parent': row.snapshot_id or row.source_volume_id or '',
     })

@@ -50,7 +50,9 @@ def upload(
         )
         return rows.open_job(
             session, core, caller, 'upload', job_id, row.backend,
-            volume_id=row.id, exclusive=[f'volume-{row.id}'],
+            volume_id=row.id,
+            # The snapshot of the moment, of an attached volume.
+            exclusive=[f'volume-{row.id}', f'snapshot-{job_id}'],
             args={'url': text, 'format': format, 'status': row.status},
         ), row
 
