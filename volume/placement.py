@@ -37,13 +37,9 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wish:
-    """What a new volume needs of its pool; empty means no matter.
-
-    ``write_bytes`` is what will be stored at once (an image's bytes).
-    """
+    """What a new volume needs of its pool; empty means no matter."""
 
     size_bytes: int
-    write_bytes: int = 0
     tags: frozenset[str] = frozenset()
     features: frozenset[str] = frozenset()
     project_id: str = ''
@@ -66,8 +62,7 @@ FILTERS = (
     ('cluster', lambda pool, wish: pool.cluster in ('', wish.cluster)),
     ('size', lambda pool, wish: wish.size_bytes <= pool.max_volume_bytes),
     ('capacity', lambda pool, wish:
-        claim_bytes(pool, wish) <= pool.unclaimed_bytes
-        and wish.write_bytes <= pool.free_bytes),
+        claim_bytes(pool, wish) <= pool.unclaimed_bytes),
 )
 
 

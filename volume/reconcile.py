@@ -139,7 +139,10 @@ def mend(
     was lost; ``delete_orphans`` removes such things instead.
     """
     mended = []
-    for finding in findings:
+    # A snapshot's row needs its volume's; its bytes go before them.
+    for finding in sorted(findings, key=lambda f: bool(
+        f.found and f.found.snapshot_of
+    ) == adopt):
         if finding.kind == 'orphan' and not (adopt or delete_orphans):
             continue
         if _mend_one(db, backends, finding, adopt):
@@ -413,7 +416,7 @@ def _adopt(
         if found.snapshot_of:
             origin = session.get(models.Volume, found.snapshot_of)
             if origin is None:
-                return False  # its volume comes first; run it again
+                return False  # its volume is not stored any more
             common['project_id'] = origin.project_id
             common['user_id'] = origin.user_id
             session.merge(models.Snapshot(

@@ -81,7 +81,7 @@ class Reconcile(unittest.TestCase):
             set(self.findings('--dry-run')),
         )
         self.findings('--adopt')
-        self.findings('--adopt')
+        self.assertEqual({}, self.findings('--dry-run'))
         self.service.start()
         row = self.service.volume(volume)
         self.assertEqual('precious', row['name'])
