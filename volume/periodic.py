@@ -87,16 +87,30 @@ def restore_exports(core: Core, backends: Mapping[str, Backend]) -> int:
 
 
 def end_orphan_exports(
-    core: Core, backends: Mapping[str, Backend]
+    core: Core, backends: Mapping[str, Backend], strangers: set[str]
 ) -> list[str]:
-    """End exports that no attachment and no open job knows of."""
+    """End exports whose attachment is over, by what an ended job says.
+
+    What the database does not know at all is left alone, named once and
+    kept in ``strangers``: it may be the database that is wrong (lost,
+    restored, another one), and hosts work on behind these exports.
+    """
     ended = []
     for backend in backends.values():
         present = _exported(backend)
         if not present or backend.exporter is None:
             continue
-        for export_id in present - _known(core, present):
-            LOG.warning('export %s belongs to nobody; it ends', export_id)
+        nobodys = present - _known(core, present)
+        over = _over(core) if nobodys - strangers else set()
+        for export_id in sorted(nobodys - strangers):
+            if export_id not in over:
+                strangers.add(export_id)
+                LOG.error(
+                    'export %s belongs to nobody that this database knows; '
+                    '"volume-manage reconcile" ends it', export_id,
+                )
+                continue
+            LOG.warning('export %s was left over; it ends', export_id)
             with backend.guard('unexport'):
                 backend.exporter.unexport(export_id)
             ended.append(export_id)
@@ -227,10 +241,13 @@ def _open_restore(
         [each.id, each.connector, each.mode]
         for each in gone if each.id in still
     ]}
-    return rows.open_job(
+    job = rows.open_job(
         session, core, SYSTEM, 'restore', job_id, row.backend,
         volume_id=volume_id, exclusive=[f'volume-{volume_id}'], args=args,
     )
+    # We come again by ourselves; meanwhile the volume is free for others.
+    job.give_up_at = job.created_at
+    return job
 
 
 def _known(core: Core, export_ids: set[str]) -> set[str]:
@@ -250,6 +267,26 @@ def _known(core: Core, export_ids: set[str]) -> set[str]:
             known.add(args.get('attachment_id', ''))
             known.update(each[0] for each in args.get('attachments', ()))
         return known
+
+    return core.db.read(ask)
+
+
+def _over(core: Core) -> set[str]:
+    """Return the attachments that ended jobs were about, the newest first."""
+
+    def ask(session: Session) -> set[str]:
+        over: set[str] = set()
+        for args in session.scalars(
+            select(models.Job.args)
+            .where(
+                models.Job.state != 'open',
+                models.Job.kind.in_(('attach', 'detach')),
+            )
+            .order_by(models.Job.created_at.desc()).limit(10_000)
+        ):
+            over.add(args.get('attachment_id', ''))
+            over.update(each[0] for each in args.get('attachments', ()))
+        return over
 
     return core.db.read(ask)
 

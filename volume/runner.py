@@ -276,8 +276,10 @@ class Runner:
             with self._guard:
                 self._active.discard(job.row.id)
         if job.row.state != 'open':
-            if job.row.kind in LAST:
+            if job.row.kind in LAST and job.row.state == 'done':
                 self._node.forget_locks(job.row.exclusive)
+            elif job.row.kind == 'upload':
+                self._node.forget_locks([f'snapshot-{job.row.id}'])
             ended = Ended(
                 job.row.state, job.row.error_kind, job.row.error, job.answer
             )

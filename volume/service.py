@@ -67,6 +67,8 @@ class Service:
         self._reload = reload
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._strangers: set[str] = set()
+        self._node_id = ''
         self._stack = contextlib.ExitStack()
         state = os.path.abspath(conf.state_path)
         self.node = node or Node(state)
@@ -188,6 +190,7 @@ class Service:
         spool = os.path.join(self.node.state_dir, 'spool')
         self.node.make_directory(spool)
         periodic.sweep_spool(self.node, spool)
+        self._claim_name()
         self.runner.void_earlier()
         periodic.end_private_exports(self.node)
         _check_all(self.runner.backends, CHECK_WAIT_S)
@@ -236,8 +239,32 @@ class Service:
         )
 
     def _exports(self) -> None:
-        periodic.end_orphan_exports(self.core, self.runner.backends)
+        periodic.end_orphan_exports(
+            self.core, self.runner.backends, self._strangers
+        )
         periodic.restore_exports(self.core, self.runner.backends)
+
+    def _claim_name(self) -> None:
+        """Make sure that no other state directory uses our host's name.
+
+        Leases of a host's earlier process are void at once, because its
+        state directory is locked; a twin with another directory is alive.
+
+        :raises Busy: it was heard of a moment ago
+        """
+        path = os.path.join(self.node.state_dir, 'node-id')
+        if not self.node.exists(path):
+            self.node.write(path, ids.new().encode())
+        self._node_id = ids.check(self.node.read(path).decode(), 'node id')
+        row = self.db.read(lambda s: s.get(models.Service, self.conf.host))
+        if row is None or row.node_id in ('', self._node_id):
+            return
+        if self.db.clock() - row.heard_at < self.conf.lease_s:
+            raise errors.Busy(
+                f'another service with the name {self.conf.host} and another '
+                'state_path uses this database; give one of them another '
+                'option host'
+            )
 
     def _beat(self) -> None:
         now = self.db.clock()
@@ -249,7 +276,7 @@ class Service:
                     host=self.conf.host, owner=self.owner,
                     roles=list(self.conf.roles),
                     version=volume.__version__, started_at=now,
-                    heard_at=now, is_fenced=False,
+                    heard_at=now, is_fenced=False, node_id=self._node_id,
                 ))
             row.heard_at = now
 
@@ -282,6 +309,9 @@ class Service:
                         work()
                     except errors.VolumeError as failed:
                         LOG.error('%s: %s', name, failed)
+                    except Exception:
+                        # A bug here must not end the sweep or the leases.
+                        LOG.exception('%s failed by a bug', name)
                 is_due = True
                 if is_sweep:
                     self.runner.idle(self.db.clock() + interval_s)

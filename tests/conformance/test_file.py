@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file driver, with reflink and without."""
 
+import concurrent.futures
 import os
 import tempfile
 import unittest
@@ -9,7 +10,9 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume.drivers import file
+from volume.drivers import marker
 from volume.nbd import NbdClient
+from volume.node import Node
 from volume.testing import conformance
 from volume.testing import fixtures
 from volume.testing import workbench
@@ -38,7 +41,8 @@ class Suite(conformance.DriverSuite):
     def test_directory_holds_nothing_but_what_scan_shows(self):
         self.volume(seed=1)
         self.assertEqual(
-            sorted(self.handles()), sorted(os.listdir(self.directory))
+            sorted([*self.handles(), marker.NAME]),
+            sorted(os.listdir(self.directory)),
         )
 
     def test_relative_directory_is_refused(self):
@@ -123,6 +127,88 @@ class Suite(conformance.DriverSuite):
             os.rename(away, self.directory)
         self.assert_seed(volume, 1)
 
+    def test_empty_mount_point_is_no_empty_pool_after_a_restart(self):
+        # Neither for a new driver, nor for one that has looked before.
+        volume = self.volume(seed=1)
+        away = self.directory + '-away'
+        os.rename(self.directory, away)
+        os.mkdir(self.directory)
+        for driver in self.make_driver(), self.driver:
+            with self.assertRaisesRegex(errors.Invalid, 'mount'):
+                driver.check()
+            for call in (
+                lambda d: d.delete(volume),
+                lambda d: d.inspect(volume),
+                lambda d: d.create(self.wish()),
+                lambda d: list(d.scan(self.pool.name)),
+                lambda d: d.pools(),
+            ):
+                self.assertRaises(errors.Unavailable, call, driver)
+        self.assertEqual([], os.listdir(self.directory))
+        os.rmdir(self.directory)
+        os.rename(away, self.directory)
+        driver.check()
+        self.assert_seed(volume, 1)
+
+    def test_lost_directory_leaves_the_others_in_service(self):
+        other = fixtures.plain_directory(self, 'other')
+        conf = fixtures.settings(
+            file.FileDriver, directories=[self.directory, other]
+        )
+        os.unlink(os.path.join(self.directory, marker.NAME))
+        driver = file.FileDriver(conf, self.node)
+        self.assertRaises(errors.Invalid, driver.check)
+        driver.create(volume := model.Volume(ids.new(), 'other', 4096))
+        self.assertEqual(4096, driver.inspect(volume).size_bytes)
+
+    def test_full_disk_takes_no_backend_down(self):
+        had = self.pool.features
+        for word in 'open', 'write', 'clone':
+            node = FullNode(self.node.state_dir, word)
+            conf = self.driver.conf
+            driver = file.FileDriver(conf, node)
+            driver.check()
+            self.assertEqual(self.pool.name, driver.pools()[0].name)
+            node.is_full = False
+            driver.check()
+            node.is_full = True
+            driver.check()
+            self.assertEqual(had, driver.pools()[0].features, word)
+            self.assertFalse(self.probes())
+
+    def test_checks_at_once_do_not_disturb_each_other(self):
+        drivers = [self.make_driver() for _ in range(8)]
+
+        def check(driver):
+            for _ in range(20):
+                driver.check()
+
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            for done in [threads.submit(check, each) for each in drivers]:
+                done.result()
+        self.assertFalse(self.probes())
+
+    def test_probe_that_was_left_is_removed_and_a_new_one_is_not(self):
+        old = ('.probe', '.probe-clone', f'.probe.{ids.new()}',
+               f'.probe.{ids.new()}-clone')
+        keep = f'.probe.{ids.new()}', '.probe.mine', '.probes'
+        for name in (*old, *keep):
+            path = os.path.join(self.directory, name)
+            with open(path, 'wb'):
+                pass
+            if name != keep[0]:
+                os.utime(path, (1, 1))
+        self.driver.check()
+        self.assertEqual(set(keep), self.probes())
+        for name in keep:
+            os.unlink(os.path.join(self.directory, name))
+
+    def probes(self):
+        return {
+            name for name in os.listdir(self.directory)
+            if name.startswith('.probe')
+        }
+
     def test_what_is_attached_is_not_replaced_cut_or_removed(self):
         fixtures.serve_blocks(self, self.node)
         volume = self.volume(seed=1)
@@ -195,7 +281,20 @@ class Suite(conformance.DriverSuite):
                 pass
         self.assertEqual(1, len(self.handles()))
         self.driver.delete(volume)
-        self.assertEqual([], os.listdir(self.directory))
+        self.assertEqual([marker.NAME], os.listdir(self.directory))
+
+
+class FullNode(Node):
+    """A node whose disk is full for whatever starts with a word."""
+
+    def __init__(self, state_dir, word):
+        super().__init__(state_dir)
+        self.word, self.is_full = word, True
+
+    def act(self, what, effect):
+        if self.is_full and what.startswith((self.word, 'write')):
+            raise errors.NoSpace(f'{what}: no space left')
+        return super().act(what, effect)
 
 
 class PlainFileTest(Suite, unittest.TestCase):

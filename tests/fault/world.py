@@ -140,7 +140,7 @@ class World:
         periodic.sweep_spool(self.node, self.state + '/spool')
         periodic.end_private_exports(self.node)
         self.recover()
-        periodic.end_orphan_exports(self.core, self.backends)
+        periodic.end_orphan_exports(self.core, self.backends, set())
         periodic.restore_exports(self.core, self.backends)
         self.recover()
 

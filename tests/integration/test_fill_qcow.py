@@ -7,10 +7,13 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from tests import images
 from tests.integration.fill_case import Case
+from volume import errors
 from volume import ids
 from volume import model
 from volume.drivers.qcow import QcowDriver
@@ -110,6 +113,83 @@ class Qcow(Case):
         fill.copy_volume(
             file_driver, target, self.driver, back, node=self.node)
         self.assert_filled(back)
+
+    def test_a_volume_is_copied_many_times_at_once(self) -> None:
+        for volume_format in ('qcow2', 'raw', 'vhd', 'vmdk'):
+            with self.subTest(volume_format):
+                self.use(volume_format)
+                source = self.volume(SIZE)
+                self.write(source, self.data)
+                self.copy_within_a_copy(source)
+
+    def test_a_file_volume_is_copied_many_times_at_once(self) -> None:
+        source = model.Volume(ids.new(), 'pool', SIZE)
+        self.driver.create(source)
+        self.write(source, self.data)
+        self.copy_within_a_copy(source)
+
+    def test_a_volume_is_cloned_and_kept_while_it_is_copied(self) -> None:
+        self.use('qcow2')
+        driver = self.driver
+        assert isinstance(driver, QcowDriver)
+        source = self.volume(SIZE)
+        self.write(source, self.data)
+        clone = model.Volume(ids.new(), 'pool', SIZE)
+        snapshot = model.Snapshot(ids.new(), source, SIZE)
+
+        def both() -> None:
+            driver.clone(source, clone)
+            driver.snapshot(snapshot)
+
+        self.copy_within_a_copy(source, both)
+        self.assertTrue(self.bytes_of(clone) == self.data)
+        self.assertTrue(self.bytes_of(snapshot) == self.data)
+
+    def copy_within_a_copy(
+        self, source: model.Volume, also: Callable[[], None] | None = None
+    ) -> None:
+        """Copy a volume while another copy of it is under way."""
+        outer, inner = self.volume(SIZE), self.volume(SIZE)
+        is_open, done = threading.Event(), threading.Event()
+        ended: list[BaseException | None] = []
+
+        def stay(done_bytes: int, _: int) -> None:
+            if done_bytes:
+                is_open.set()
+            if done.is_set():
+                raise errors.Cancelled('the other one has ended')
+
+        def slowly() -> None:
+            try:
+                self.copy(
+                    source, outer, watch=stay, rate_bytes_per_s=SIZE // 64
+                )
+                ended.append(None)
+            except BaseException as error:
+                ended.append(error)
+            finally:
+                is_open.set()
+
+        thread = threading.Thread(target=slowly)
+        thread.start()
+        try:
+            is_open.wait(60)
+            self.assertEqual([], ended)
+            self.copy(source, inner)
+            if also:
+                also()
+        finally:
+            done.set()
+            thread.join()
+        self.assertIsInstance(ended[0], errors.Cancelled)
+        self.assertTrue(self.bytes_of(inner) == self.data)
+
+    def copy(
+        self, source: model.Volume, target: model.Volume, **more: Any
+    ) -> None:
+        fill.copy_volume(
+            self.driver, source, self.driver, target, node=self.node, **more
+        )
 
     def test_an_attached_volume_with_layers_is_uploaded_whole(self) -> None:
         self.use('qcow2')

@@ -266,6 +266,45 @@ class DamageTest(QcowCase):
             self.assertRaises(errors.Unavailable, call)
 
 
+    def test_empty_mount_point_is_no_empty_pool_after_a_restart(self):
+        volume = self.volume()
+        away = self.directory + '-away'
+        os.rename(self.directory, away)
+        os.mkdir(self.directory)
+        conf = fixtures.settings(
+            qcow.QcowDriver, directories=[self.directory])
+        for is_used_before in False, True:
+            if is_used_before:  # it has been a pool, under what was mounted
+                for name in 'volumes', 'layers', 'notes', '.lock':
+                    os.rename(os.path.join(away, name), self.path(name))
+                os.unlink(self.path('volumes', volume.id))
+            driver = qcow.QcowDriver(conf, self.node)
+            with self.assertRaisesRegex(errors.Invalid, 'mount'):
+                driver.check()
+            for call in (
+                lambda d: d.delete(volume),
+                lambda d: d.inspect(volume),
+                lambda d: d.create(self.wish()),
+                lambda d: list(d.scan(self.pool)),
+                lambda d: d.pools(),
+            ):
+                self.assertRaises(errors.Unavailable, call, driver)
+            if not is_used_before:
+                self.assertEqual([], os.listdir(self.directory))
+
+    def test_pool_that_is_mounted_late_is_served_whole(self):
+        volume = self.volume(fill=7)
+        away = self.directory + '-away'
+        os.rename(self.directory, away)
+        os.mkdir(self.directory)
+        self.assertRaises(errors.Invalid, self.make_driver)
+        os.rmdir(self.directory)
+        os.rename(away, self.directory)
+        self.driver = self.make_driver()
+        self.assert_holds(volume, (7, MIB))
+        self.assertEqual(1, len(list(self.driver.scan(self.pool))))
+
+
 class AdoptTest(QcowCase):
     """A foreign file becomes a volume only if it stands alone."""
 
@@ -384,6 +423,9 @@ class ManyTest(QcowCase):
         for top, *_ in os.walk(os.path.dirname(self.directory)):
             os.chmod(top, 0o777)
         os.chown(self.path('.lock'), NOBODY, NOBODY)
+        for top, _, names in os.walk(self.node.state_dir + '/pools'):
+            for path in (top, *(os.path.join(top, name) for name in names)):
+                os.chown(path, NOBODY, NOBODY)
         code = (
             'import sys, types\n'
             'from volume import ids, model\n'

@@ -295,6 +295,22 @@ class Races(RaceCase):
             [], lookup.volumes(self.core, CALLER, lookup.Page()).rows
         )
 
+    def test_to_cancel_or_retry_a_job_only_wakes_the_sweep(self):
+        """Whoever runs it goes on; what was read is no right to run it."""
+        hinted = []
+        core = dataclasses.replace(
+            self.core, hint=lambda row, *known: hinted.append(row)
+        )
+        volumes.create(core, CALLER, volumes.NewVolume(size_bytes=MIB))
+        (born,) = hinted
+        self.assertEqual(self.core.owner, born.owner)
+        jobs.retry(core, CALLER, born.id)
+        jobs.cancel(core, CALLER, born.id)
+        self.assertEqual([None, None], [row.owner for row in hinted[1:]])
+        self.core.hint(born)
+        self.settle()
+        self.agrees()
+
     def test_cancelling_a_job_that_ends_just_then_runs_it_no_second_time(self):
         """A hint of what was read a moment ago must not start it again."""
         made = []

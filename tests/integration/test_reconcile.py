@@ -5,6 +5,7 @@ import json
 import os
 import sqlite3
 import subprocess
+import time
 import unittest
 import uuid
 
@@ -152,7 +153,7 @@ class Reconcile(unittest.TestCase):
         self.findings()
         self.assertEqual({}, self.findings('--dry-run'))
 
-    def test_an_export_of_nobody_is_ended_by_the_service_itself(self):
+    def test_an_export_of_nobody_ends_only_when_a_person_says_so(self):
         volume = self.make()
         made = self.service.call('POST', '/attachments', {'attachment': {
             'volume_uuid': volume, 'instance_uuid': str(uuid.uuid4()),
@@ -160,6 +161,10 @@ class Reconcile(unittest.TestCase):
         }})['attachment']
         self.service.stop()
         self.sql('DELETE FROM attachments')
+        self.sql('DELETE FROM jobs')
+        self.service.start()
+        time.sleep(1)  # its first look at exports is over within this
+        self.service.stop()
         self.assertIn(('export', made['id']), self.findings('--dry-run'))
         self.findings()
         uri = made['connection_info']['uri']

@@ -206,6 +206,20 @@ class Engine(unittest.TestCase):
         self.assertEqual((0, 0), self.db.read(fn))
         self.assertEqual(9, self.size())
 
+    def test_a_writer_has_the_lock_before_it_reads(self):
+        """One that reads first, and writes then, would fail at once."""
+        other = self.other()
+        other.execute('PRAGMA busy_timeout = 0')
+
+        def fn(session):
+            session.get(models.Volume, self.row.id)
+            with self.assertRaisesRegex(sqlite3.OperationalError, 'locked'):
+                other.execute('BEGIN IMMEDIATE')
+
+        self.db.write(fn)
+        other.execute('BEGIN IMMEDIATE')
+        other.execute('ROLLBACK')
+
     def test_a_writer_waits_for_another_process(self):
         other = self.other()
         other.execute('BEGIN IMMEDIATE')

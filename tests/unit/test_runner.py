@@ -10,6 +10,7 @@ from sqlalchemy import update
 
 from tests import database
 from volume import errors
+from volume import model
 from volume.backends import Backend
 from volume.core import Settings
 from volume.db import models
@@ -43,9 +44,13 @@ class RunnerCase(unittest.TestCase):
 
     def make(self, owner, names=('b',), parallel=2):
         conf = types.SimpleNamespace(max_parallel=parallel)
+        pools = {'pool': model.Pool('pool', 1, 1, True)}
         runner = Runner(
             self.db, self.node,
-            {name: Backend(name, conf, None, None) for name in names},
+            {
+                name: Backend(name, conf, None, None, is_up=True, pools=pools)
+                for name in names
+            },
             owner=owner, host='node-1',
             settings=Settings(lease_s=30.0, job_retry_s=100.0),
             notify=lambda event, payload: None, spool_directory='',

@@ -91,9 +91,17 @@ class Database:
         for attempt in range(ATTEMPTS):
             try:
                 return once()
+            except exc.TimeoutError as failed:
+                raise errors.Unavailable(
+                    'all connections to the database are in use'
+                ) from failed
             except exc.DBAPIError as failed:
+                # Of two that insert the same row, the second finds it when
+                # it is asked again.
                 if isinstance(failed, exc.IntegrityError):
-                    raise
+                    if attempt:
+                        raise
+                    continue
                 if not is_transient(failed) or attempt == ATTEMPTS - 1:
                     raise errors.Unavailable(
                         'the database does not answer: '

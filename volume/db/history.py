@@ -17,10 +17,10 @@ from volume.db import models
 
 REASON = 'a job was open when this backup of the database was made'
 AFTER = {
-    'creating': 'error', 'downloading': 'error', 'managing': 'error',
+    'creating': 'error', 'downloading': 'error', 'managing': 'error_managing',
     'deleting': 'error_deleting', 'extending': 'error_extending',
     'reverting': 'error_reverting', 'unmanaging': 'error',
-    'flattening': 'error', 'uploading': 'error',
+    'flattening': 'available', 'uploading': 'error',
 }
 
 

@@ -212,6 +212,7 @@ class Service(Base):
     owner: Mapped[str] = mapped_column(String(36))
     roles: Mapped[list[str]] = mapped_column(default=list)
     version: Mapped[str] = mapped_column(String(64), default='')
+    node_id: Mapped[str] = mapped_column(String(36), default='')
     is_fenced: Mapped[bool] = mapped_column(default=False)
     started_at: Mapped[float]
     heard_at: Mapped[float]

@@ -11,6 +11,7 @@ the next call for the same volume.
 ``<volume>.raw``               a volume
 ``<volume>@<snapshot>.raw``    a snapshot of it
 ``<volume>.json``              its sidecar
+``.volume-pool``               what the pool is known by, see ``marker``
 ``.<name>.new``                a draft, nobody's yet
 any other plain file           foreign: shown by ``scan``, never touched
 =============================  ============================================
@@ -18,6 +19,7 @@ any other plain file           foreign: shown by ``scan``, never touched
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -28,15 +30,19 @@ from typing import Any
 from oslo_config import cfg
 
 from volume import errors
+from volume import ids
 from volume import model
 from volume.drivers import base
 from volume.drivers import generic
+from volume.drivers import marker
 from volume.node import Node
 
 _ID = r'[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}'
 VOLUME = re.compile(rf'({_ID})\.raw')
 SNAPSHOT = re.compile(rf'({_ID})@({_ID})\.raw')
 NOTE = re.compile(rf'{_ID}\.json(\.new)?')
+PROBE = re.compile(rf'\.probe(\.{_ID})?(-clone)?')
+PROBE_OLD_S = 60  # a probe takes milliseconds
 
 # What a file system without reflink cannot do at less than a copy's cost.
 NEED_REFLINK = frozenset({'Clone', 'Revert', 'Snapshots'})
@@ -65,24 +71,19 @@ class FileDriver(
         self._devices: dict[str, str] = {}
 
     def check(self) -> None:
-        names = [os.path.basename(path) for path in self._directories()]
-        for path in self._directories():
-            if not os.path.isabs(path):
-                raise errors.Invalid(
-                    f'directory {path!r} is relative: give it from the root'
-                )
-            if names.count(name := os.path.basename(path)) > 1:
-                raise errors.Invalid(
-                    f'two directories are called {name!r}, which names the '
-                    'pool: rename one'
-                )
-            if self._probe(path):
-                self._reflinks.add(name)
-            self._devices[name] = self.node.space(path).device
-        if not names:
+        paths = self._directories()
+        if not paths:
             raise errors.Invalid(
                 'the option directories is empty: name at least one'
             )
+        failures = []
+        for path in paths:
+            try:
+                self._check_directory(path)
+            except errors.VolumeError as failed:
+                failures.append(failed)
+        if failures:
+            raise failures[0]
 
     def pools(self) -> list[model.Pool]:
         return [self._pool(path) for path in self._directories()]
@@ -274,12 +275,41 @@ class FileDriver(
                 return path
         raise errors.Invalid(f'no directory of this backend is called {pool}')
 
+    def _check_directory(self, path: str) -> None:
+        if not os.path.isabs(path):
+            raise errors.Invalid(
+                f'directory {path!r} is relative: give it from the root'
+            )
+        name = os.path.basename(path)
+        names = [os.path.basename(each) for each in self._directories()]
+        if names.count(name) > 1:
+            raise errors.Invalid(
+                f'two directories are called {name!r}, which names the '
+                'pool: rename one'
+            )
+        try:
+            marker.check(self.node, path)
+            has_reflink = self._probe(path, name in self._reflinks)
+            marker.keep(self.node, path)
+            device = self.node.space(path).device
+        except errors.VolumeError:
+            self._devices.pop(name, None)
+            raise
+        if has_reflink:
+            self._reflinks.add(name)
+        self._devices[name] = device
+
     def _check_mounted(self, pool: str, path: str) -> None:
         """An empty mount point must not pass for a pool without volumes."""
         try:
             device = self.node.space(path).device
+            if pool not in self._devices:
+                # The last check failed, and a job is being run all the same.
+                marker.check(self.node, path)
         except errors.NotFound as gone:
             raise errors.Unavailable(f'directory {path} is gone') from gone
+        except errors.Invalid as other:
+            raise errors.Unavailable(str(other)) from other
         if self._devices.get(pool, device) != device:
             raise errors.Unavailable(
                 f'directory {path} is on another file system than when the '
@@ -299,25 +329,57 @@ class FileDriver(
 
     # Ours alone: questions.
 
-    def _probe(self, path: str) -> bool:
-        """Say whether the directory has reflink; raise if it is unusable."""
-        source = os.path.join(path, '.probe')
+    def _probe(self, path: str, known: bool) -> bool:
+        """Say whether the directory has reflink; raise if it is unusable.
+
+        A full one is usable: much can be done there but to store more. It
+        has reflink if it was ``known`` to.
+        """
+        source = os.path.join(path, f'.probe.{ids.new()}')
+        clone = f'{source}-clone'
         try:
-            with self.node.open(source, 'wb') as f:
-                f.write(bytes(4096))
-        except errors.VolumeError as failed:
+            f = self.node.open(source, 'xb')
+        except errors.NoSpace:
+            return known
+        except (errors.Invalid, errors.NotFound) as failed:
             raise errors.Invalid(
                 f'cannot write to directory {path} ({failed}): make it, '
                 'mount it, or give it to the user of this service'
             ) from failed
         try:
-            self.node.clone_file(source, f'{source}-clone')
+            with f:
+                self._sweep_probes(path, f.fileno())
+                f.write(bytes(4096))
+            self.node.clone_file(source, clone)
         except errors.Unsupported:
             return False
+        except errors.NoSpace:
+            return known
         finally:
-            self.node.unlink(source)
-        self.node.unlink(f'{source}-clone')
+            for name in clone, source:
+                if self.node.exists(name):
+                    self.node.unlink(name)
         return True
+
+    def _sweep_probes(self, path: str, fd: int) -> None:
+        """Remove what checks that died have left.
+
+        Old is what our own probe, which was just made, is a minute younger
+        than: no two clocks are compared, and nobody's probe is taken away.
+        """
+        names = filter(PROBE.fullmatch, self.node.list(path))
+
+        def old() -> list[str]:
+            oldest = os.fstat(fd).st_mtime - PROBE_OLD_S
+            found = []
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.lstat(os.path.join(path, name)).st_mtime < oldest:
+                        found.append(name)
+            return found
+
+        for name in self.node.act('stat probes', old):
+            self.node.unlink(os.path.join(path, name))
 
     def _pool(self, path: str) -> model.Pool:
         name = os.path.basename(path)

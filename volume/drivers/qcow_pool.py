@@ -10,6 +10,7 @@
 ``notes/<volume>.json``      what stands beside a volume
 ``mapped/<volume>``          the volume's path was handed out
 ``drafts/``                  layers that are being made, each under a lock
+``.volume-pool``             what the pool is known by, see ``marker``
 ===========================  ==============================================
 
 Which layer stands on which is in the headers of the layers, and nowhere
@@ -36,6 +37,7 @@ from typing import Any, TypeVar
 
 from volume import errors
 from volume import ids
+from volume.drivers import marker
 from volume.drivers import qcow_layers
 from volume.drivers.qcow_layers import FORMATS
 from volume.drivers.qcow_layers import Header
@@ -177,11 +179,15 @@ class PoolDirectory:
     def prepare(self) -> None:
         """Have the directories.
 
-        :raises Invalid: the directory is not ours to write to
+        :raises Invalid: the directory is not ours to write to, or has lost
+            its pool
         """
+        self._device = None
+        marker.check(self.node, self.directory)
         try:
             for name in DIRECTORIES:
                 self.node.make_directory(self.path(name))
+            marker.keep(self.node, self.directory)
             with self.node.open(self.path(LOCK_FILE), 'ab') as f:
                 self._device = os.fstat(f.fileno()).st_dev
         except (errors.Invalid, errors.Conflict, errors.NotFound) as failed:
@@ -214,6 +220,12 @@ class PoolDirectory:
             self._mutex.release()
 
     def _lock_file(self) -> Any:
+        try:
+            if self._device is None:
+                # The last check failed, and a job is being run all the same.
+                marker.check(self.node, self.directory)
+        except errors.Invalid as other:
+            raise errors.Unavailable(str(other)) from other
         try:
             f = open(self.path(LOCK_FILE), 'rb+')
         except OSError as failed:

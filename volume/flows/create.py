@@ -16,7 +16,6 @@ from volume import model
 from volume import placement
 from volume.db import claims
 from volume.db import models
-from volume.drivers import base
 from volume.flows import fill
 from volume.flows import rows
 from volume.flows import sidecar
@@ -51,7 +50,7 @@ def create_empty(job: Job) -> Effect:
 def provision(job: Job) -> Effect:
     source = _source(job)
     volume = job.volume()
-    if source is not None and _clones(job, source):
+    if source is not None and job.args['native']:
         handle = job.backend.call('clone', source, volume)
     else:
         handle = job.backend.call('create', volume)
@@ -84,7 +83,7 @@ def fill_volume(job: Job) -> Effect:
                 fresh=_is_fresh(job),
                 free_bytes=pool.free_bytes if pool else None,
             )
-    elif source is not None and not _clones(job, source):
+    elif source is not None and not job.args['native']:
         origin = job.backend_of(_source_row(job).backend)
         with job.backend.guard('copy'):
             fill.copy_volume(
@@ -115,14 +114,14 @@ def _publish(job: Job, handle: str) -> Effect:
 
 def _failed(job: Job, error: errors.VolumeError) -> Effect:
     row = job.volume_row()
-    if not job.undone:
-        return rows.volume(job, status='error', reason=str(error))
     # Where nothing of ours was ever stored, deleting the row must not touch
     # the storage: what has the name there is somebody else's.
-    place = (
-        {'backend': '', 'pool': ''} if job.args.get('failed_step') == 0
-        else {}
+    is_untouched = job.args.get('failed_step') == 0 or (
+        job.row.direction == 'do' and job.row.step == 0
     )
+    if not job.undone and not is_untouched:
+        return rows.volume(job, status='error', reason=str(error))
+    place = {'backend': '', 'pool': ''} if is_untouched else {}
 
     def effect(session: Session) -> None:
         rows.change(
@@ -201,21 +200,6 @@ def _source(job: Job) -> model.Volume | model.Snapshot | None:
     if row.source_volume_id:
         return job.volume(row.source_volume_id)
     return None
-
-
-def _clones(job: Job, source: model.Volume | model.Snapshot) -> bool:
-    """Say whether the pool makes the clone itself."""
-    pool = (
-        source.volume.pool if isinstance(source, model.Snapshot)
-        else source.pool
-    )
-    row = job.volume_row()
-    return (
-        _source_row(job).backend == row.backend
-        and pool == row.pool
-        and isinstance(job.backend.driver, base.Clone)
-        and job.backend.feature(row.pool, 'Clone')
-    )
 
 
 EMPTY = journal.Flow(

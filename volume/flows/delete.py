@@ -29,7 +29,11 @@ def remove(job: Job) -> Effect:
     if isinstance(job.backend.need(), base.Snapshots):
         for each in snapshots:
             job.backend.call('delete_snapshot', job.snapshot(each.id))
-    job.backend.call('delete', job.volume())
+    if job.args.get('status') == 'error_managing':
+        # It is somebody's, and was never quite ours: its bytes stay.
+        job.backend.call('disown', job.volume())
+    else:
+        job.backend.call('delete', job.volume())
     row = job.volume_row()
 
     def effect(session: Session) -> None:
@@ -45,7 +49,8 @@ def _failed(job: Job, error: errors.VolumeError) -> Effect:
     # failure may have left half of it, and only deleting it again makes
     # sense; so it does of snapshots that went before it.
     was = job.args.get('status', '')
-    status = was if error.kind == 'Busy' and was in LASTING else (
+    is_whole = error.kind == 'Busy' and was in LASTING
+    status = was if is_whole or was == 'error_managing' else (
         'error_deleting'
     )
 

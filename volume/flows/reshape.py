@@ -9,7 +9,6 @@ from volume import errors
 from volume import journal
 from volume.db import claims
 from volume.db import models
-from volume.drivers import base
 from volume.flows import fill
 from volume.flows import rows
 from volume.flows import sidecar
@@ -53,7 +52,7 @@ def _not_extended(job: Job, error: errors.VolumeError) -> Effect:
 def revert(job: Job) -> Effect:
     snapshot = job.snapshot()
     handle = job.volume_row().handle
-    if _reverts(job):
+    if job.args['native']:
         handle = job.backend.call('revert', snapshot)
     else:
         driver = job.backend.need()
@@ -68,15 +67,9 @@ def revert(job: Job) -> Effect:
 def _not_reverted(job: Job, error: errors.VolumeError) -> Effect:
     # A native revert happens whole or not at all; a copy that failed leaves
     # a mixture, and the volume is not to be used before it is reverted.
-    status = 'available' if _reverts(job) else 'error_reverting'
+    status = 'available' if job.args['native'] else 'error_reverting'
     return rows.volume(
         job, status=status, reason=f'it was not reverted: {error}'
-    )
-
-
-def _reverts(job: Job) -> bool:
-    return isinstance(job.backend.driver, base.Revert) and (
-        job.backend.feature(job.volume_row().pool, 'Revert')
     )
 
 

@@ -67,7 +67,7 @@ def readable_node(
     blockd = node.blockd
     path = _top_file(blocknode)
     if blockd is None or path is None or not blockd.is_open(path):
-        yield blocknode
+        yield _read_only(blocknode)
         return
     # The daemon has the lock, and knows what is not in the file yet.
     with blockd.private(f'{PRIVATE}{ids.new()}', blocknode, False) as uri:
@@ -89,6 +89,16 @@ def scratch(way: Way, suffix: str) -> Iterator[File]:
 def fd_path(file: Opened) -> str:
     """Return a path to what is open, whatever its name means now."""
     return f'/proc/{os.getpid()}/fd/{file.fileno()}'
+
+
+def _read_only(blocknode: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how it is opened by many readers at once.
+
+    Opened for writing it would have QEMU's lock, and refuse the others.
+    """
+    below = blocknode.get('file')
+    file = {'file': _read_only(below)} if isinstance(below, Mapping) else {}
+    return {**blocknode, **file, 'read-only': True}
 
 
 def _top_file(blocknode: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ that has nothing to do on the storage is no job.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import ColumnElement
@@ -34,6 +35,7 @@ CONNECTABLE = frozenset({'available', 'reserved', 'attaching', 'in-use'})
 CONNECTED = CONNECTABLE | {
     'detaching', 'error', 'error_attaching', 'error_detaching', 'maintenance',
 }
+LETS_IN = frozenset({'attach', 'restore'})  # kinds of jobs
 # What the rows of hosts say of a volume; nothing else may have to be undone.
 DETACHABLE = frozenset({
     'available', 'reserved', 'attaching', 'in-use', 'detaching',
@@ -53,19 +55,21 @@ def reserve(core: Core, caller: Caller, volume_id: str) -> None:
 
 def unreserve(core: Core, caller: Caller, volume_id: str) -> None:
     """``attaching`` becomes what it was; any other status is left alone."""
-    volumes = models.Volume
-    volume_id = ids.check(volume_id, 'volume id')
 
-    def accept(session: Session) -> None:
-        rows.volume(session, caller, volume_id)
-        session.execute(
-            sql_update(volumes)
-            .where(volumes.id == volume_id, volumes.status == 'attaching')
-            .values(status=access.settled(), updated_at=core.db.clock())
-            .execution_options(synchronize_session=False)
-        )
 
-    core.db.write(accept)
+    def accept(session: Session) -> models.Job | None:
+        row = rows.volume(session, caller, volume_id)
+        if row.status != 'attaching' or leases.move(
+            session, models.Volume, row.id, {'attaching'},
+            status=access.settled(), updated_at=core.db.clock(),
+        ):
+            return None
+        # A job that lets a host in is still open: the volume must not be
+        # available first and reachable a moment later.
+        coming = _cancel_attach(session, core, row, None)
+        return coming or rows.refuse(row, {'attaching'}, 'be unreserved')
+
+    _until_ended(core, accept)
 
 
 def begin_detaching(core: Core, caller: Caller, volume_id: str) -> None:
@@ -193,8 +197,7 @@ def disconnect(
             _wait(core, job)
             return
         # However that ends, there is then something to end, or nothing.
-        jobs.wake(core, job)
-        core.wait(job.id, core.settings.call_timeout_s)
+        _until(core, job)
 
 
 def attach(
@@ -310,6 +313,12 @@ def detach(
             remove=[each.id for each in there],
         ), row
 
+    def stop(session: Session) -> models.Job | None:
+        row = rows.volume(session, caller, volume_id)
+        return _cancel_attach(session, core, row, None)
+
+    if force:
+        _until_ended(core, stop)
     accepted = core.when_free(lambda: core.db.write(accept))
     if accepted is not None:
         core.hint(*accepted)
@@ -448,6 +457,11 @@ def delete(
 ) -> list[models.Attachment]:
     """End an attachment and its access; return what the volume has left."""
 
+    def stop(session: Session) -> models.Job | None:
+        row = rows.attachment(session, caller, attachment_id)
+        volume = rows.volume(session, caller, row.volume_id)
+        return _cancel_attach(session, core, volume, row.host or None)
+
     def accept(session: Session) -> tuple[models.Job, models.Volume]:
         row = rows.attachment(session, caller, attachment_id)
         volume = rows.volume(session, caller, row.volume_id)
@@ -455,6 +469,7 @@ def delete(
             session, core, caller, volume, [row], remove=[row.id]
         ), volume
 
+    _until_ended(core, stop)
     job, volume = core.when_free(lambda: core.db.write(accept))
     core.hint(job, volume)
     _wait(core, job)
@@ -475,9 +490,10 @@ def _cancel_attach(
     if row.lease_job is None:
         return None
     job = session.get(models.Job, row.lease_job)
-    if job is None or job.state != 'open' or job.kind != 'attach':
+    if job is None or job.state != 'open' or job.kind not in LETS_IN:
         return None
-    if host is not None and job.args['connector']['host'] != host:
+    coming = job.args.get('connector')
+    if host is not None and coming is not None and coming['host'] != host:
         return None
     session.execute(
         sql_update(models.Job)
@@ -486,6 +502,19 @@ def _cancel_attach(
         .execution_options(synchronize_session=False)
     )
     return job
+
+
+def _until_ended(
+    core: Core, stop: Callable[[Session], models.Job | None]
+) -> None:
+    """Ask ``stop`` for a job that it has told to stop, until there is none."""
+    while job := core.when_free(lambda: core.db.write(stop)):
+        _until(core, job)
+
+
+def _until(core: Core, job: models.Job) -> None:
+    jobs.wake(core, job)
+    core.wait(job.id, core.settings.call_timeout_s)
 
 
 def _open_detach(

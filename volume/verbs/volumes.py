@@ -122,6 +122,7 @@ def create(
             job_id, chosen.backend,
             volume_id=volume_id, snapshot_id=new.snapshot_id,
             exclusive=[f'volume-{volume_id}'], shared=shared,
+            args={'native': _is_native(chosen, source)},
         )
         return row, job
 
@@ -307,6 +308,7 @@ def revert(
             volume_id=row.id, snapshot_id=snapshot.id,
             exclusive=[f'volume-{row.id}'],
             shared=[f'snapshot-{snapshot.id}'],
+            args={'native': 'Revert' in rows.pool(session, row).features},
         ), row, snapshot
 
     core.hint(*core.when_free(lambda: core.db.write(accept)))
@@ -520,6 +522,21 @@ def _claim(session: Session, wish: placement.Wish) -> placement.Candidate:
             return chosen
         full = dataclasses.replace(chosen, unclaimed_bytes=-1)
         pools = [full if each is chosen else each for each in pools]
+
+
+def _is_native(
+    chosen: placement.Candidate,
+    source: models.Volume | models.Snapshot | None,
+) -> bool:
+    """Say whether the pool makes the clone itself, and nothing is copied.
+
+    It is decided once: what the pool can do may read otherwise tomorrow.
+    """
+    return (
+        source is not None
+        and (chosen.backend, chosen.name) == (source.backend, source.pool)
+        and 'Clone' in chosen.features
+    )
 
 
 def _row(

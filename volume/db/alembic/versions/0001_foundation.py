@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Volumes, snapshots, attachments, pools, services and jobs."""
 
-import sqlalchemy as sa
 from alembic import op
+import sqlalchemy as sa
 
 revision = '0001'
 down_revision = None
@@ -108,6 +108,7 @@ def upgrade() -> None:
     sa.Column('owner', sa.String(length=36), nullable=False),
     sa.Column('roles', sa.JSON(), nullable=False),
     sa.Column('version', sa.String(length=64), nullable=False),
+    sa.Column('node_id', sa.String(length=36), nullable=False),
     sa.Column('is_fenced', sa.Boolean(), nullable=False),
     sa.Column('started_at', sa.Double(), nullable=False),
     sa.Column('heard_at', sa.Double(), nullable=False),
