@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from oslo_config import cfg
@@ -38,11 +40,24 @@ class Backend:
     reason: str = 'it was not checked yet'
     is_up: bool = False
     pools: dict[str, model.Pool] = dataclasses.field(default_factory=dict)
+    _checking: threading.Lock = dataclasses.field(
+        default_factory=threading.Lock
+    )
 
     def check(self) -> None:
-        """Ask the driver and the exporter; be up, or down with a reason."""
-        if self.driver is None:
+        """Ask the driver and the exporter; be up, or down with a reason.
+
+        Returns at once while an earlier check still waits for an answer.
+        """
+        if self.driver is None or not self._checking.acquire(False):
             return
+        try:
+            self._check()
+        finally:
+            self._checking.release()
+
+    def _check(self) -> None:
+        assert self.driver is not None
         try:
             with self.guard('check'):
                 self.driver.check()
@@ -97,6 +112,19 @@ class Backend:
                 f'backend {self.name}: its driver failed in {verb}: '
                 f'{type(bug).__name__}'
             ) from bug
+
+
+def check_all(backends: Iterable[Backend], wait_s: float) -> None:
+    """Check all backends at once; do not wait for the slow ones."""
+    threads = [
+        threading.Thread(target=backend.check, daemon=True)
+        for backend in backends
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + wait_s
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 def load(conf: cfg.ConfigOpts, node: Node) -> dict[str, Backend]:

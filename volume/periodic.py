@@ -23,6 +23,7 @@ from volume import errors
 from volume import ids
 from volume import report
 from volume.backends import Backend
+from volume.backends import check_all
 from volume.context import Caller
 from volume.core import Core
 from volume.db import jobs
@@ -34,6 +35,7 @@ from volume.verbs import access
 from volume.verbs import rows
 
 LOG = logging.getLogger(__name__)
+CHECK_S = 30.0
 SYSTEM = Caller(project_id='system', user_id='system', is_admin=True)
 ANY_STATUS = frozenset({
     'available', 'in-use', 'attaching', 'detaching', 'error', 'reserved',
@@ -41,11 +43,18 @@ ANY_STATUS = frozenset({
 })
 
 
-def refresh(core: Core, backends: Iterable[Backend], host: str) -> None:
-    """Check backends that are down, ask the others for their capacity."""
+def refresh(
+    core: Core,
+    backends: Iterable[Backend],
+    host: str,
+    wait_s: float = CHECK_S,
+) -> None:
+    """Check all backends, side by side, and report how they are now.
+
+    One that hangs is reported as it was, and keeps the others from nothing.
+    """
     listed = list(backends)
-    for backend in listed:
-        backend.check()
+    check_all(listed, wait_s)
     now = core.db.clock()
     core.db.write(lambda s: report.report(s, listed, host, now))
 

@@ -137,7 +137,6 @@ class Service:
             LOG.error('the configuration is kept as it was: %s', wrong)
             return
         table = backends.load(conf, self.node)
-        _check_all(table, wait_s=30.0)
         self.runner.backends = table
         self.conf = conf
         periodic.refresh(self.core, table.values(), conf.host)
@@ -193,10 +192,10 @@ class Service:
         self._claim_name()
         self.runner.void_earlier()
         periodic.end_private_exports(self.node)
-        _check_all(self.runner.backends, CHECK_WAIT_S)
         self._beat()
         periodic.refresh(
-            self.core, self.runner.backends.values(), self.conf.host
+            self.core, self.runner.backends.values(), self.conf.host,
+            CHECK_WAIT_S,
         )
         conf = self.conf
         third = conf.lease_s / 3
@@ -361,16 +360,3 @@ def _upload_url(conf: cfg.ConfigOpts) -> str:
     for directory in conf.image_upload_directories:
         return pathlib.Path(directory).as_uri()
     return ''
-
-
-def _check_all(table: dict[str, backends.Backend], wait_s: float) -> None:
-    """Check all backends at once; do not wait for the slow ones."""
-    threads = [
-        threading.Thread(target=backend.check, daemon=True)
-        for backend in table.values()
-    ]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + wait_s
-    for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0.0))

@@ -452,5 +452,6 @@ class Flatten(Scenario):
 SCENARIOS = (
     Create, CreateFromImage, CreateFromQcow2, CloneVolume, CloneSnapshot,
     Delete, DeleteCascade, DeleteOrigin, Extend, Snapshot, DeleteSnapshot,
-    Revert, Attach, AttachApi, Detach, Upload, UploadAttached, Adopt, Disown, Flatten,
+    Revert, Attach, AttachApi, Detach, Upload, UploadAttached, Adopt,
+    Disown, Flatten,
 )

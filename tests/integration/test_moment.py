@@ -7,9 +7,8 @@ import time
 import unittest
 import uuid
 
-from volume.nbd import NbdClient
-
 from tests.process import ServiceProcess
+from volume.nbd import NbdClient
 
 MIB = 1 << 20
 SIZE = 48 * MIB

@@ -4,12 +4,11 @@
 import dataclasses
 import unittest
 
+from tests.fault import world
 from volume.db import history
 from volume.db import models
 from volume.testing import fixtures
 from volume.verbs import volumes
-
-from tests.fault import world
 
 
 class Backup(unittest.TestCase):

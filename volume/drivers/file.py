@@ -32,6 +32,7 @@ from oslo_config import cfg
 from volume import errors
 from volume import ids
 from volume import model
+from volume import qemulocks
 from volume.drivers import base
 from volume.drivers import generic
 from volume.drivers import marker
@@ -440,11 +441,19 @@ class FileDriver(
         self._refuse_open(path, 'adopt')
 
     def _refuse_open(self, path: str, verb: str) -> None:
-        """A file that a daemon has open is never replaced or cut."""
+        """What a daemon or QEMU has open is never replaced or cut."""
+        name = os.path.basename(path)
         if self.node.blockd and self.node.blockd.is_open(path):
             raise errors.Busy(
-                f'cannot {verb} {os.path.basename(path)} while it is '
-                'attached: detach it first'
+                f'cannot {verb} {name} while it is attached: detach it first'
+            )
+        # One that was told the path may run as any user.
+        if self.node.exists(path) and self.node.act(
+            f'probe {name}', lambda: qemulocks.is_used(path)
+        ):
+            raise errors.Busy(
+                f'cannot {verb} {name} while a process of QEMU has it open: '
+                'end that first'
             )
 
     def _refuse_snapshots(self, volume: model.Volume) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read from a layer's file without QEMU: its header and its locks.
+"""What is read from a layer's file without QEMU: its header, who has it open.
 
 A tree of layers is known from the headers alone, so all of them must be read
 often and in one pass: a few bytes of each, in Python. What a guest writes
@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from volume import errors
 from volume import ids
 from volume import model
+from volume.qemulocks import is_used as is_used
+from volume.qemulocks import is_written as is_written
+from volume.qemulocks import keep_closed as keep_closed
 
 NAME = re.compile(
     r'[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\.(qcow2|raw|vhd|vmdk)'
@@ -240,63 +241,6 @@ _READERS: Mapping[str, Callable[[int], Header]] = {
     'vhd': _read_vhd,
     'vmdk': _read_vmdk,
 }
-
-
-# Locks. QEMU locks bytes of an open image: from 100 on for what it does, from
-# 200 on for what it forbids others (block/file-posix.c).
-
-_LOCK = struct.Struct('@hhqqi4x')
-_DONE_FIRST, _FORBIDDEN_FIRST, _KINDS = 100, 200, 64
-_LOCKED_COUNT = _FORBIDDEN_FIRST + _KINDS - _DONE_FIRST
-_WRITING = 101
-
-
-def is_used(path: str) -> bool:
-    """Say whether a QEMU of any process has the file open."""
-    return _is_locked(path, _DONE_FIRST, _LOCKED_COUNT)
-
-
-def is_written(path: str) -> bool:
-    """Say whether a QEMU of any process may write to the file."""
-    return _is_locked(path, _WRITING, 1)
-
-
-@contextlib.contextmanager
-def keep_closed(path: str) -> Iterator[None]:
-    """Let no QEMU open the file as long as the context lasts.
-
-    :raises Busy: one has it open
-    """
-    with open(path, 'rb') as f:
-        # As QEMU does: say what is forbidden, then look who does it.
-        lock = _LOCK.pack(
-            fcntl.F_RDLCK, os.SEEK_SET, _FORBIDDEN_FIRST, _KINDS, 0
-        )
-        try:
-            fcntl.fcntl(f.fileno(), fcntl.F_OFD_SETLK, lock)
-        except OSError as failed:
-            if failed.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise _is_open(path) from failed
-        if _has_lock(f.fileno(), _DONE_FIRST, _LOCKED_COUNT):
-            raise _is_open(path)
-        yield
-
-
-def _is_open(path: str) -> errors.Busy:
-    return errors.Busy(f'{os.path.basename(path)} is open: close it first')
-
-
-def _is_locked(path: str, first: int, count: int) -> bool:
-    with open(path, 'rb') as f:
-        return _has_lock(f.fileno(), first, count)
-
-
-def _has_lock(fd: int, first: int, count: int) -> bool:
-    """Say whether another than this descriptor holds a lock there."""
-    asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
-    return bool(_LOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def openers(paths: frozenset[str], command: str) -> list[int]:

@@ -2,8 +2,8 @@
 """Volumes as paths, for hosts that are this node.
 
 Nothing stands between the host and the file, so nothing can end a session
-for it: ``unexport`` proves that no process has the path open, and is Busy
-otherwise. What is exported stands in one small record an attachment, which
+for it: ``unexport`` is Busy while a process has the path open. It sees all
+processes of its own user, and those of QEMU whoever runs them. What is exported stands in one small record an attachment, which
 outlives the service.
 """
 
@@ -19,8 +19,10 @@ from volume import blockgraph
 from volume import errors
 from volume import ids
 from volume import model
+from volume import qemulocks
 from volume.exports.base import Exporter
 from volume.exports.base import Source
+from volume.node import meaning
 from volume.node import Node
 
 SUFFIX = '.json'
@@ -78,7 +80,7 @@ class LocalExporter(Exporter):
         if path and not any(
             other and other.get('path') == path for other in others
         ):
-            _check_unused(path)
+            self._check_unused(path)
         self.node.unlink(self._path(attachment_id))
 
     def exported(self) -> set[str]:
@@ -101,6 +103,33 @@ class LocalExporter(Exporter):
     def _path(self, attachment_id: str) -> str:
         name = ids.check(attachment_id, 'attachment')
         return os.path.join(self._directory, f'{name}{SUFFIX}')
+
+    def _check_unused(self, path: str) -> None:
+        """Prove that no process has it open, as far as that can be told.
+
+        :raises Busy: one has
+        """
+        name, target = os.path.basename(path), os.path.realpath(path)
+        pid = self.node.act(f'probe {name}', lambda: _opener(target))
+        # Of another user's process only QEMU's locks can be seen.
+        if pid is None and not self._is_used(target):
+            return
+        who = 'a process of QEMU' if pid is None else f'process {pid}'
+        raise errors.Busy(
+            f'{path} is open in {who}: end that first, a path cannot be '
+            'taken away from it'
+        )
+
+    def _is_used(self, path: str) -> bool:
+        def probe() -> bool:
+            try:
+                return qemulocks.is_used(path)
+            except FileNotFoundError:
+                return False
+            except OSError as failed:
+                raise meaning(failed, f'probe {path}') from failed
+
+        return self.node.act(f'probe {os.path.basename(path)}', probe)
 
     def _record(self, attachment_id: str) -> Mapping[str, object] | None:
         try:
@@ -136,12 +165,8 @@ def _plain(source: Source) -> tuple[str, str]:
     return layer.filename, layer.driver
 
 
-def _check_unused(path: str) -> None:
-    """Prove that no process, of those we may look into, has it open.
-
-    :raises Busy: one has
-    """
-    target = os.path.realpath(path)
+def _opener(target: str) -> int | None:
+    """Return a process that has a file open, of those we may look into."""
     for pid in filter(str.isdigit, os.listdir('/proc')):
         if int(pid) == os.getpid():
             continue
@@ -149,7 +174,5 @@ def _check_unused(path: str) -> None:
             for fd in os.listdir(f'/proc/{pid}/fd'):
                 with contextlib.suppress(OSError):
                     if os.readlink(f'/proc/{pid}/fd/{fd}') == target:
-                        raise errors.Busy(
-                            f'{path} is open in process {pid}: end that '
-                            'first, a path cannot be taken away from it'
-                        )
+                        return int(pid)
+    return None

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import func
@@ -20,7 +19,9 @@ from volume.db import claims
 from volume.db import leases
 from volume.db import models
 from volume.verbs import checks
+from volume.verbs import place
 from volume.verbs import rows
+from volume.verbs.place import NewVolume as NewVolume
 
 DELETABLE = frozenset({
     'available', 'error', 'error_extending', 'error_managing',
@@ -31,33 +32,6 @@ FORCE_DELETABLE = DELETABLE | {
     'reverting', 'managing', 'attaching', 'detaching', 'reserved',
     'error_attaching', 'error_detaching', 'uploading', 'maintenance',
 }
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class NewVolume:
-    """What a caller wants; ``id`` is minted by the caller, or by us.
-
-    ``image`` is ``{'url', 'format'?, 'checksum'?: 'sha256:…'}``.
-    ``size_bytes`` may be ``None`` with a source volume or snapshot: then it
-    is the source's.
-    """
-
-    size_bytes: int | None = None
-    id: str | None = None
-    name: str | None = None
-    description: str | None = None
-    metadata: Mapping[str, Any] | None = None
-    snapshot_id: str | None = None
-    source_volume_id: str | None = None
-    image: Mapping[str, Any] | None = None
-    volume_type: str | None = None
-    availability_zone: str | None = None
-    multiattach: bool = False
-    tags: frozenset[str] = frozenset()
-    backend: str = ''
-    pool: str = ''
-    cluster: str = ''
-    role: str = ''
 
 
 def create(
@@ -85,19 +59,12 @@ def create(
             there = session.get(models.Volume, volume_id)
             if there is not None:
                 return _same(caller, there, digest), None
-        source = _source(session, caller, new)
-        size_bytes = new.size_bytes or (source.size_bytes if source else 0)
-        size_bytes = checks.size(size_bytes, core.settings.size_bytes_max)
-        if source and size_bytes < source.size_bytes:
-            raise errors.Invalid(
-                f'size {size_bytes} is smaller than the source: '
-                f'{type(source).__name__.lower()} {source.id} has '
-                f'{source.size_bytes} bytes'
-            )
+        source = place.source(session, caller, new)
+        size_bytes = place.size(core, new, source)
         row = _row(core, caller, new, volume_id, size_bytes, digest)
-        wish = _wish(caller, new, source, size_bytes)
+        wish = place.wish(caller, new, source, size_bytes)
         try:
-            chosen = _claim(session, wish)
+            chosen = place.claim(session, wish)
         except errors.NoSpace as none:
             if refuse:
                 raise
@@ -113,8 +80,7 @@ def create(
                 rows.need_still(session, source, 'be cloned', into)
             rows.share(session, source, _SOURCE_STATUSES, 'be a source')
             shared = [f'{type(source).__name__.lower()}-{source.id}']
-        job_id = ids.new()
-        row.lease_job = job_id
+        row.lease_job = job_id = ids.new()
         session.add(row)
         job = rows.open_job(
             session, core, caller,
@@ -122,7 +88,7 @@ def create(
             job_id, chosen.backend,
             volume_id=volume_id, snapshot_id=new.snapshot_id,
             exclusive=[f'volume-{volume_id}'], shared=shared,
-            args={'native': _is_native(chosen, source)},
+            args={'native': place.is_native(chosen, source)},
         )
         return row, job
 
@@ -480,62 +446,6 @@ def _same(
         return there
     raise errors.Conflict(
         f'volume {there.id} exists, and was asked for in another way'
-    )
-
-
-def _source(
-    session: Session, caller: Caller, new: NewVolume
-) -> models.Volume | models.Snapshot | None:
-    if new.snapshot_id:
-        return rows.snapshot(session, caller, new.snapshot_id)
-    if new.source_volume_id:
-        return rows.volume(session, caller, new.source_volume_id)
-    return None
-
-
-def _wish(
-    caller: Caller,
-    new: NewVolume,
-    source: models.Volume | models.Snapshot | None,
-    size_bytes: int,
-) -> placement.Wish:
-    backend, pool = new.backend or new.volume_type or '', new.pool
-    if source and not backend and not new.tags:
-        backend, pool = source.backend, source.pool
-    return placement.Wish(
-        size_bytes=size_bytes,
-        tags=new.tags,
-        project_id=caller.project_id,
-        cluster=new.cluster,
-        role=new.role,
-        backend=backend,
-        pool=pool,
-    )
-
-
-def _claim(session: Session, wish: placement.Wish) -> placement.Candidate:
-    """Choose and claim; a pool whose claim fails is chosen no more."""
-    pools = claims.candidates(session)
-    while True:
-        chosen = placement.choose(pools, wish)
-        if claims.claim(session, chosen, placement.claim_bytes(chosen, wish)):
-            return chosen
-        full = dataclasses.replace(chosen, unclaimed_bytes=-1)
-        pools = [full if each is chosen else each for each in pools]
-
-
-def _is_native(
-    chosen: placement.Candidate,
-    source: models.Volume | models.Snapshot | None,
-) -> bool:
-    """Say whether the pool makes the clone itself, and nothing is copied.
-
-    It is decided once: what the pool can do may read otherwise tomorrow.
-    """
-    return (
-        source is not None
-        and (chosen.backend, chosen.name) == (source.backend, source.pool)
-        and 'Clone' in chosen.features
     )
 
 
