@@ -2,7 +2,10 @@
 """The file driver, with reflink and without."""
 
 import concurrent.futures
+import contextlib
 import os
+import shutil
+import subprocess
 import tempfile
 import unittest
 
@@ -16,6 +19,8 @@ from volume.node import Node
 from volume.testing import conformance
 from volume.testing import fixtures
 from volume.testing import workbench
+
+NOBODY = 65534
 
 
 class Suite(conformance.DriverSuite):
@@ -226,6 +231,31 @@ class Suite(conformance.DriverSuite):
         self.driver.resize(volume, 2 * volume.size_bytes)
         self.driver.unmap(volume)
 
+    def test_what_any_qemu_has_open_is_not_replaced_cut_or_removed(self):
+        # A host was told the path, and opens it as whatever user it is.
+        if shutil.which('qemu-io') is None:
+            self.skipTest('qemu-io is not installed')
+        volume = self.volume(seed=1)
+        path = os.path.join(self.directory, f'{volume.id}.raw')
+        stranger = os.path.join(self.directory, 'stranger')
+        with open(stranger, 'wb') as f:
+            f.truncate(4096)
+        self.addCleanup(os.unlink, stranger)
+        for is_read_only in False, True:
+            with opened(path, is_read_only), opened(stranger, is_read_only):
+                for call in (
+                    lambda: self.driver.delete(volume),
+                    lambda: self.driver.disown(volume),
+                    lambda: self.driver.resize(volume, 2 * volume.size_bytes),
+                    lambda: self.driver.unmap(volume),
+                    lambda: self.driver.writer(volume),
+                    lambda: self.driver.adopt('stranger', self.wish()),
+                ):
+                    self.assertRaises(errors.Busy, call)
+                self.assert_seed(volume, 1)
+        self.driver.resize(volume, 2 * volume.size_bytes)
+        self.driver.delete(volume)
+
     def attach(self, source, name):
         client = NbdClient(self.node.blockd.export(
             name, self.driver.blocknode(source),
@@ -282,6 +312,30 @@ class Suite(conformance.DriverSuite):
         self.assertEqual(1, len(self.handles()))
         self.driver.delete(volume)
         self.assertEqual([marker.NAME], os.listdir(self.directory))
+
+
+@contextlib.contextmanager
+def opened(path, is_read_only):
+    """Have a QEMU of another user, if there can be one, open a raw file."""
+    other = {} if os.getuid() else {
+        'user': NOBODY, 'group': NOBODY, 'extra_groups': [],
+    }
+    os.chmod(path, 0o666)
+    with open(path, 'rb') as f, subprocess.Popen(
+        # By a name that leads through no directory of ours.
+        ['qemu-io', '-f', 'raw', *['-r'][:is_read_only],
+         f'/proc/self/fd/{f.fileno()}'],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        pass_fds=[f.fileno()], **other,
+    ) as user:
+        user.stdin.write(b'length\n')
+        user.stdin.flush()
+        while b'iB' not in (line := user.stdout.readline()):
+            assert line, 'qemu-io has ended'
+        try:
+            yield
+        finally:
+            user.stdin.close()
 
 
 class FullNode(Node):

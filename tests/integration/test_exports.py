@@ -9,8 +9,10 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import unittest
+from collections.abc import Iterator
 from typing import Any
 
 from volume import errors
@@ -30,6 +32,7 @@ from volume.node import Node
 MIB = 1 << 20
 SIZE = 4 * MIB
 COMMAND_S = 30
+NOBODY = 65534
 HOST = model.Host('h1')
 OTHER = model.Host('h2')
 PROGRAMS = ('qemu-storage-daemon', 'qemu-img', 'qemu-io', 'nbdinfo')
@@ -41,6 +44,24 @@ def run(*argv: str) -> str:
     return subprocess.run(
         argv, check=True, capture_output=True, text=True, timeout=COMMAND_S
     ).stdout
+
+
+@contextlib.contextmanager
+def opened(path: str, *flags: str) -> Iterator[None]:
+    """Have a QEMU of this user that has a raw file open."""
+    with subprocess.Popen(
+        ['qemu-io', '-f', 'raw', *flags, path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as user:
+        assert user.stdin and user.stdout
+        user.stdin.write(b'length\n')
+        user.stdin.flush()
+        while b'MiB' not in user.stdout.readline():
+            assert user.poll() is None, 'qemu-io has ended'
+        try:
+            yield
+        finally:
+            user.stdin.close()
 
 
 class ExportsCase(unittest.TestCase):
@@ -375,6 +396,45 @@ class LocalExporterTest(Claims, ExportsCase):
             user.wait()
         exporter.unexport(self.own_id)
         self.assertEqual(set(), exporter.exported())
+
+    def test_path_that_another_user_s_qemu_has_open_is_kept(self) -> None:
+        if os.getuid():
+            self.skipTest('not root: there are no two users')
+        os.chmod(self.root, 0o777)
+        os.chmod(self.path, 0o666)
+        self.exporter().check()
+        for access, flag in ((WRITE, ()), (READ, ('-r',))):
+            own_id = ids.new()
+            self.exporter().export(own_id, self.source(), HOST, access)
+            for top, _, names in os.walk(os.path.join(self.root, 'local')):
+                for path in top, *(os.path.join(top, n) for n in names):
+                    os.chown(path, NOBODY, NOBODY)
+            with opened(self.path, *flag), self.subTest(access):
+                self.assertRegex(self.unexport_as_nobody(own_id), 'Busy.*open')
+                self.assertEqual({own_id}, self.exporter().exported())
+            self.assertEqual('', self.unexport_as_nobody(own_id))
+            self.assertEqual(set(), self.exporter().exported())
+
+    def unexport_as_nobody(self, attachment_id: str) -> str:
+        """Return the error of the same call by another user."""
+        code = (
+            'import os, sys\n'
+            'from volume import errors\n'
+            'from volume.exports.local import LocalExporter\n'
+            'from volume.node import Node\n'
+            # Not before: this user may have no way to the checkout.
+            f'os.setgroups([])\nos.setgid({NOBODY})\nos.setuid({NOBODY})\n'
+            'try:\n'
+            '    exporter = LocalExporter(None, Node(sys.argv[1]))\n'
+            '    exporter.unexport(sys.argv[2])\n'
+            'except errors.VolumeError as failed:\n'
+            '    print(repr(failed))\n'
+        )
+        return subprocess.run(
+            [sys.executable, '-c', code, self.root, attachment_id],
+            cwd=os.getcwd(), check=True, capture_output=True, text=True,
+            timeout=COMMAND_S,
+        ).stdout
 
     def test_path_that_the_other_attachment_uses_is_let_go_of(self) -> None:
         exporter, other = self.exporter(), ids.new()

@@ -376,7 +376,7 @@ class Stopping(Case):
             for source, url in self.both(self.image(kind)):
                 seen: list[int] = []
                 self.fill(
-                    self.volume(), source, url, rate_bytes_per_s=8 << 20,
+                    self.volume(), source, url, rate_bytes_per_s=3 << 20,
                     watch=lambda done, _, to=seen: to.append(done))
                 with self.subTest(kind, url=url):
                     between = [d for d in seen if 0 < d < max(seen)]

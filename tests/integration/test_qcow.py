@@ -5,7 +5,6 @@ import concurrent.futures
 import os
 import struct
 import subprocess
-import sys
 import unittest
 
 from tests.integration.qcow_case import CLUSTER
@@ -17,7 +16,6 @@ from volume import model
 from volume.drivers import qcow
 from volume.testing import fixtures
 
-NOBODY = 65534
 ODD = MIB + 7 * 512  # an end in the middle of a cluster
 
 
@@ -415,50 +413,6 @@ class ManyTest(QcowCase):
         self.assertEqual(2 + 2 * len(clones), len(found))
         self.assert_holds(clones[0], (1, MIB))
         self.assert_holds(origin, (1, MIB))
-
-    def test_ordinary_user_needs_no_privilege(self):
-        if os.getuid():
-            self.skipTest('not root: all of these tests show it')
-        os.chmod(self.node.state_dir, 0o755)
-        for top, *_ in os.walk(os.path.dirname(self.directory)):
-            os.chmod(top, 0o777)
-        os.chown(self.path('.lock'), NOBODY, NOBODY)
-        for top, _, names in os.walk(self.node.state_dir + '/pools'):
-            for path in (top, *(os.path.join(top, name) for name in names)):
-                os.chown(path, NOBODY, NOBODY)
-        code = (
-            'import sys, types\n'
-            'from volume import ids, model\n'
-            'from volume.drivers.qcow import QcowDriver\n'
-            'from volume.node import Node\n'
-            'node = Node(sys.argv[2])\n'
-            'conf = types.SimpleNamespace(directories=[sys.argv[1]], '
-            'format="qcow2", max_depth=9, cluster_size=65536, '
-            'preallocation="off", merge_bytes_per_s=1 << 30)\n'
-            'driver = QcowDriver(conf, node)\n'
-            'driver.check()\n'
-            'pool = driver.pools()[0].name\n'
-            'volume = model.Volume(ids.new(), pool, 1 << 20)\n'
-            'clone = model.Volume(ids.new(), pool, 1 << 21)\n'
-            'snapshot = model.Snapshot(ids.new(), volume, 1 << 20)\n'
-            'driver.create(volume)\n'
-            'driver.snapshot(snapshot)\n'
-            'driver.clone(snapshot, clone)\n'
-            'driver.resize(volume, 1 << 21)\n'
-            'driver.delete_snapshot(snapshot)\n'
-            'driver.delete(volume)\n'
-            'while driver.upkeep(pool): pass\n'
-            'print(len(list(driver.scan(pool))))\n'
-        )
-        done = subprocess.run(
-            [sys.executable, '-c', code, self.directory,
-             self.node.state_dir],
-            user=NOBODY, group=NOBODY, extra_groups=[], cwd=os.getcwd(),
-            capture_output=True, timeout=60, text=True,
-        )
-        self.assertEqual((0, '1\n'), (done.returncode, done.stdout),
-                         done.stderr)
-        self.assertEqual(1, len(self.layers()))
 
 
 class OptionTest(unittest.TestCase):

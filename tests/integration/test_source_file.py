@@ -11,6 +11,8 @@ import sys
 import tempfile
 import unittest
 
+import stevedore
+
 from tests.integration.source_case import DATA
 from tests.integration.source_case import read
 from tests.integration.source_case import settings
@@ -198,6 +200,10 @@ class Found(unittest.TestCase):
                 f.write(text + '\n')
         sys.path.insert(0, root)
         self.addCleanup(sys.path.remove, root)
+        # stevedore remembers what it has found for a process's life.
+        known = stevedore.ExtensionManager.ENTRY_POINT_CACHE
+        known.clear()
+        self.addCleanup(known.clear)
         sources = Sources(settings(), Node('/x'))
         self.assertIsInstance(sources.find('file:///a'), FileSource)
         self.assertIsInstance(sources.find('ODD://a'), HttpSource)

@@ -78,6 +78,15 @@ class Uploading(Case):
             with open(f'{self.images}/{name}', 'rb') as f:
                 self.assertEqual(before, f.read())
 
+    def test_an_image_is_never_called_like_a_draft(self) -> None:
+        self.upload(self.source, 'i', 'raw')
+        for name in ('.i.draft', '.i', '..i.draft.draft', '%2ei.draft'):
+            for image_format in formats.FORMATS:
+                with self.subTest(name, image_format=image_format):
+                    with self.assertRaisesRegex(errors.Invalid, 'dot'):
+                        self.upload(self.source, name, image_format)
+            self.assertEqual(['i'], os.listdir(self.images))
+
     def test_a_guest_s_header_is_uploaded_as_bytes(self) -> None:
         head = images.qcow2(backing=images.PASSWD)
         with open(self.path(self.source), 'r+b') as f:

@@ -448,9 +448,7 @@ class FileDriver(
                 f'cannot {verb} {name} while it is attached: detach it first'
             )
         # One that was told the path may run as any user.
-        if self.node.exists(path) and self.node.act(
-            f'probe {name}', lambda: qemulocks.is_used(path)
-        ):
+        if qemulocks.ask(self.node, path):
             raise errors.Busy(
                 f'cannot {verb} {name} while a process of QEMU has it open: '
                 'end that first'

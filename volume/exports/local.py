@@ -3,8 +3,8 @@
 
 Nothing stands between the host and the file, so nothing can end a session
 for it: ``unexport`` is Busy while a process has the path open. It sees all
-processes of its own user, and those of QEMU whoever runs them. What is exported stands in one small record an attachment, which
-outlives the service.
+processes of its own user, and those of QEMU whoever runs them. What is
+exported stands in one small record an attachment, which outlives the service.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from volume import model
 from volume import qemulocks
 from volume.exports.base import Exporter
 from volume.exports.base import Source
-from volume.node import meaning
 from volume.node import Node
 
 SUFFIX = '.json'
@@ -112,24 +111,13 @@ class LocalExporter(Exporter):
         name, target = os.path.basename(path), os.path.realpath(path)
         pid = self.node.act(f'probe {name}', lambda: _opener(target))
         # Of another user's process only QEMU's locks can be seen.
-        if pid is None and not self._is_used(target):
+        if pid is None and not qemulocks.ask(self.node, target):
             return
         who = 'a process of QEMU' if pid is None else f'process {pid}'
         raise errors.Busy(
             f'{path} is open in {who}: end that first, a path cannot be '
             'taken away from it'
         )
-
-    def _is_used(self, path: str) -> bool:
-        def probe() -> bool:
-            try:
-                return qemulocks.is_used(path)
-            except FileNotFoundError:
-                return False
-            except OSError as failed:
-                raise meaning(failed, f'probe {path}') from failed
-
-        return self.node.act(f'probe {os.path.basename(path)}', probe)
 
     def _record(self, attachment_id: str) -> Mapping[str, object] | None:
         try:

@@ -75,6 +75,12 @@ class FileSource(Source):
             directory, self.conf.image_upload_directories, path,
             'image_upload_directories',
         )
+        if os.path.basename(path).startswith('.'):
+            # Drafts are called so: it could be taken for one, and removed.
+            raise errors.Invalid(
+                f'image {path!r:.400} cannot have a name that begins with a '
+                'dot: choose another'
+            )
         target = os.path.join(directory, os.path.basename(path))
         draft = os.path.join(directory, f'.{os.path.basename(path)}.draft')
         if self.node.exists(target):
