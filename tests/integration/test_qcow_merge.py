@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging of hidden layers: what it saves, and that it may end anywhere."""
 
+import contextlib
+import itertools
 import os
+import shutil
 import signal
 import threading
 import time
 
+from tests.integration.qcow_case import CLUSTER
+from tests.integration.qcow_case import HookedNode
 from tests.integration.qcow_case import MIB
 from tests.integration.qcow_case import QcowCase
+from volume import errors
 from volume import model
 from volume.drivers import qcow_layers
+from volume.testing import faults
 
 SLOW = 64 << 10  # bytes a second: it never ends by itself here
 PATIENCE_S = 60.0
@@ -203,6 +210,66 @@ class SlowTest(QcowCase):
     def helpers(self):
         paths = frozenset(self.path('layers', n) for n in self.layers())
         return qcow_layers.openers(paths, 'qemu-img')
+
+
+class SpoiltTest(QcowCase):
+    """A commit that dies at any act is right at once, and made whole."""
+
+    SIZE = 4 * CLUSTER
+
+    def test_commit_of_a_volume(self):
+        volume = self.volume(1, self.SIZE)
+        snapshot = self.snapshot(volume)
+        self.write(volume, 2, 0, 4096)
+        self.driver.delete_snapshot(snapshot)
+        self.spoil([(volume, (2, 4096), (1, self.SIZE - 4096))], layers=1)
+
+    def test_commit_of_a_snapshot_with_children(self):
+        volume = self.volume(1, self.SIZE)
+        first = self.snapshot(volume)
+        self.write(volume, 2, 0, 4096)
+        second = self.snapshot(volume)
+        self.write(volume, 3, 0, 4096)
+        clone = self.clone(second, self.SIZE)
+        self.driver.delete_snapshot(first)
+        rest = 1, self.SIZE - 4096
+        self.spoil([
+            (volume, (3, 4096), rest), (second, (2, 4096), rest),
+            (clone, (2, 4096), rest),
+        ], layers=3)
+
+    def spoil(self, wanted, layers):
+        fresh = self.directory + '-fresh'
+        shutil.copytree(self.directory, fresh, symlinks=True)
+        verbs = set()
+        for nth in itertools.count(1):
+            # Before an act is after the one before it.
+            for kind in 'crash', 'lost':
+                shutil.rmtree(self.directory)
+                shutil.copytree(fresh, self.directory, symlinks=True)
+                self.node = faults.FaultyNode(self.node.state_dir)
+                self.driver = self.make_driver()
+                self.node.arm(faults.Fault(kind, nth, True))
+                with contextlib.suppress(faults.Crash, errors.VolumeError):
+                    self.tend()
+                words = f'{kind} at {nth}: {self.node.trace}'
+                verbs.update(self.node.trace)
+                is_fired = self.node.fired
+                self.node = HookedNode(self.node.state_dir)
+                self.driver = self.make_driver()
+                with self.subTest(words):
+                    self.check(wanted)
+                    self.tend()
+                    self.check(wanted)
+                    self.assertEqual(layers, len(self.layers()))
+                    self.assertEqual([], os.listdir(self.path('merges')))
+            if not is_fired:
+                break
+        self.assertIn('run qemu-img commit', verbs)
+
+    def check(self, wanted):
+        for source, *runs in wanted:
+            self.assert_holds(source, *runs)
 
 
 class LiveTest(QcowCase):
