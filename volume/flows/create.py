@@ -63,37 +63,62 @@ def provision(job: Job) -> Effect:
 
 
 def fill_volume(job: Job) -> Effect:
-    source = _source(job)
     row = job.volume_row()
-    driver = job.backend.need()
-    if row.image:
-        with job.backend.guard('fill'):
-            job.backend.refresh()
-            pool = job.backend.pools.get(row.pool)
-            fill.fill_from_image(
-                driver, job.volume(), job.source_for(row.image['url']),
-                row.image['url'],
-                declared_format=row.image.get('format'),
-                checksum=row.image.get('checksum'),
-                spool_directory=job.spool_directory,
-                token=f'{job.row.id}-{job.row.token}',
-                node=job.node,
-                watch=job.watch,
-                rate_bytes_per_s=job.rate_bytes_per_s,
-                fresh=_is_fresh(job),
-                free_bytes=pool.free_bytes if pool else None,
-            )
-    elif source is not None and not job.args['native']:
-        origin = job.backend_of(_source_row(job).backend)
-        with job.backend.guard('copy'):
-            fill.copy_volume(
-                origin.need(), source, driver, job.volume(),
-                node=job.node, watch=job.watch,
-                rate_bytes_per_s=job.rate_bytes_per_s,
-                fresh=_is_fresh(job),
-            )
+    handle = row.handle
+    source = None if job.args['native'] else _source(job)
+    if row.image or source is not None:
+        if not _is_fresh(job):
+            handle = _begin_anew(job)
+        if row.image:
+            _fill_from_image(job)
+        else:
+            _copy(job, source)
     sidecar.write(job)
-    return _publish(job, row.handle)
+    return _publish(job, handle)
+
+
+def _begin_anew(job: Job) -> str:
+    """Throw away what an earlier try has written, and return the handle.
+
+    It was not flushed, and the machine may have lost power since: not even
+    the layer's own tables can be believed.
+    """
+    unprovision(job)
+    handle: str = job.backend.call('create', job.volume())
+    job.volume_row().handle = handle
+    sidecar.write(job, is_filled=False)
+    return handle
+
+
+def _fill_from_image(job: Job) -> None:
+    row = job.volume_row()
+    with job.backend.guard('fill'):
+        job.backend.refresh()
+        pool = job.backend.pools.get(row.pool)
+        fill.fill_from_image(
+            job.backend.need(), job.volume(),
+            job.source_for(row.image['url']), row.image['url'],
+            declared_format=row.image.get('format'),
+            checksum=row.image.get('checksum'),
+            spool_directory=job.spool_directory,
+            token=f'{job.row.id}-{job.row.token}',
+            node=job.node,
+            watch=job.watch,
+            rate_bytes_per_s=job.rate_bytes_per_s,
+            fresh=True,
+            free_bytes=pool.free_bytes if pool else None,
+        )
+
+
+def _copy(job: Job, source: model.Volume | model.Snapshot | None) -> None:
+    assert source is not None
+    origin = job.backend_of(_source_row(job).backend)
+    with job.backend.guard('copy'):
+        fill.copy_volume(
+            origin.need(), source, job.backend.need(), job.volume(),
+            node=job.node, watch=job.watch,
+            rate_bytes_per_s=job.rate_bytes_per_s, fresh=True,
+        )
 
 
 def _is_fresh(job: Job) -> bool:
