@@ -51,13 +51,13 @@ class Reader(io.RawIOBase):
 
     size_bytes: int
 
+    @abc.abstractmethod
     def extents(self) -> Iterator[model.Extent]:
         """Yield runs in ascending order that cover ``size_bytes``.
 
         A run that is not zero may still hold zeros; a run that is zero
         never holds anything else.
         """
-        raise NotImplementedError
 
 
 class Writer(io.RawIOBase):
@@ -71,13 +71,13 @@ class Writer(io.RawIOBase):
 
     size_bytes: int
 
+    @abc.abstractmethod
     def zero(self, offset_bytes: int, length_bytes: int) -> None:
         """Make a run read as zeros, without sending them if possible."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def commit(self) -> None:
         """Make all that was written durable."""
-        raise NotImplementedError
 
 
 class Driver(abc.ABC):
