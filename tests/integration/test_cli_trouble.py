@@ -205,6 +205,21 @@ class TheWay(commands.Cli):
                     )
         self.refused('list', url=answers(self, b'SSH-2.0-x\r\n'), code=5)
 
+    def test_an_answer_that_breaks_off_is_no_answer(self):
+        head = (
+            b'HTTP/1.1 200 OK\r\nX-Openstack-Request-Id: req-x\r\n'
+            b'Content-Length: 20\r\n\r\n'
+        )
+        for sent in b'', b'{}', b'{"volume": {':
+            with self.subTest(sent=sent):
+                url = answers(self, head + sent)
+                for words in (
+                    ('list',), ('show', ids.new()), ('delete', ids.new()),
+                ):
+                    self.assertIn(
+                        'no answer came', self.refused(*words, url=url, code=5)
+                    )
+
     def test_a_certificate_must_be_trusted(self):
         directory = fixtures.state_dir(self)
         certificate, key = (

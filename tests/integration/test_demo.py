@@ -92,25 +92,33 @@ def end(process):
 
 def service_of(demo_pid):
     """Return the pid of the service that a demo has started."""
-    found = subprocess.run(
-        ['ps', '-o', 'pid=,args=', '--ppid', str(demo_pid)],
-        stdout=subprocess.PIPE, text=True, check=True,
-    ).stdout
     pid, = (
-        int(line.split()[0]) for line in found.splitlines()
-        if 'volume-service' in line
+        pid for pid, name in processes()
+        if 'volume-service' in name and parent_of(pid) == demo_pid
     )
-    return pid
+    return int(pid)
+
+
+def parent_of(pid):
+    with open(f'/proc/{pid}/stat', 'rb') as f:
+        return int(f.read().rpartition(b')')[2].split()[1])
+
+
+def processes():
+    """Yield the pid and the command line of each process."""
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        with contextlib.suppress(OSError):
+            with open(f'/proc/{pid}/cmdline', 'rb') as f:
+                yield pid, f.read().replace(b'\0', b' ').decode()
 
 
 def users(directory):
     """Yield processes that name the directory, or have it open."""
-    for pid in filter(str.isdigit, os.listdir('/proc')):
+    for pid, name in processes():
+        names = [name]
         with contextlib.suppress(OSError):
-            with open(f'/proc/{pid}/cmdline', 'rb') as f:
-                names = [f.read().replace(b'\0', b' ').decode()]
             for fd in os.listdir(f'/proc/{pid}/fd'):
                 with contextlib.suppress(FileNotFoundError):
                     names.append(os.readlink(f'/proc/{pid}/fd/{fd}'))
-            if any(directory in name for name in names):
-                yield pid, names[0]
+        if any(directory in name for name in names):
+            yield pid, name

@@ -213,7 +213,7 @@ class Client:
             try:
                 connection.request(method, target, raw, dict(headers))
                 response = connection.getresponse()
-                text = response.read(ANSWER_BYTES_MAX + 1)
+                text = _whole(response)
             except (OSError, http.client.HTTPException) as failed:
                 raise self._no_answer(method, failed) from None
         finally:
@@ -288,6 +288,18 @@ class Client:
                 'again'
             )
         return errors.Unknown(message)
+
+
+def _whole(response: http.client.HTTPResponse) -> bytes:
+    """Return the body, at most one byte more than it may have.
+
+    :raises http.client.IncompleteRead: the service ended in the middle;
+        a read with a limit says nothing of that by itself
+    """
+    text = response.read(ANSWER_BYTES_MAX + 1)
+    if response.length and len(text) <= ANSWER_BYTES_MAX:
+        raise http.client.IncompleteRead(text, response.length)
+    return text
 
 
 class _UnixConnection(http.client.HTTPConnection):
