@@ -39,6 +39,7 @@ from volume import errors
 from volume import ids
 from volume.drivers import marker
 from volume.drivers import qcow_layers
+from volume.drivers.qcow_blank import Blanks
 from volume.drivers.qcow_layers import FORMATS
 from volume.drivers.qcow_layers import Header
 from volume.node import CommandFailed
@@ -160,6 +161,7 @@ class PoolDirectory:
             f'cluster_size={cluster_bytes},preallocation={preallocation}'
         )
         self._cluster_bytes = cluster_bytes
+        self._blanks = Blanks(node)
         self._mutex = threading.Lock()
         self._device: int | None = None
         # Headers by name, each with what the file was like when it was read.
@@ -349,12 +351,16 @@ class PoolDirectory:
             return
         options = FORMATS[extension].create
         if extension == 'qcow2':
+            if self._blanks.write(path, size_bytes):
+                return
             options = ('-o', self._create_options)
         self.qemu_img(
             'create', '-q', '-f', FORMATS[extension].driver, *options, path,
             str(size_bytes),
         )
         self.sync(path)
+        if extension == 'qcow2':
+            self._blanks.learn(path, size_bytes)
 
     def keep(self, path: str) -> str:
         """Make a finished draft a layer, durably; return its name."""
