@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import socket
 import struct
 import threading
@@ -58,6 +59,8 @@ OPTION_BYTES_MAX = 1 << 16
 OPTION_REPLIES_MAX = 64
 TRANSFER_BYTES_MAX = 1 << 22  # one read or write
 ZERO_BYTES_MAX = 1 << 28
+# Enough that server and client work at once; each may be a buffer there.
+WRITES_AHEAD = 4
 STATUS_BYTES_MAX = 1 << 30
 EXTENTS_BYTES_MAX = 4 + 8 * (1 << 20)
 ERROR_BYTES_MAX = 1 << 13
@@ -104,6 +107,8 @@ class NbdClient:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._cookie = 0
+        self._unanswered: set[int] = set()
+        self._failed_write: errors.VolumeError | None = None
         self._structured = False
         self._context: int | None = None
         self._flags = 0
@@ -149,6 +154,27 @@ class NbdClient:
         for at in range(0, len(view), TRANSFER_BYTES_MAX):
             part = view[at:at + TRANSFER_BYTES_MAX]
             self._request(WRITE, offset_bytes + at, len(part), payload=part)
+
+    def pwrite_ahead(self, data: Any, offset_bytes: int) -> None:
+        """Send data for an offset, and do not wait until it is written.
+
+        The caller may use the buffer again at once. Whatever is asked next,
+        ``flush`` at the latest, waits for it; if it has failed, that and all
+        that follows on this connection fails, so that no lost write is ever
+        taken for a durable one.
+
+        :raises NoSpace: the storage was full at this write, or an earlier
+        :raises Unknown: this or an earlier one may or may not be written
+        """
+        view = memoryview(data).cast('B')
+        self._check('write', offset_bytes, len(view))
+        for at in range(0, len(view), TRANSFER_BYTES_MAX):
+            part = view[at:at + TRANSFER_BYTES_MAX]
+            with self._lock, self._dropping():
+                deadline = time.monotonic() + self._timeout_s
+                self._settle(WRITES_AHEAD - 1, deadline)
+                self._ask(WRITE, offset_bytes + at, len(part), part, deadline)
+                self._unanswered.add(self._cookie)
 
     def zero(self, offset_bytes: int, length_bytes: int) -> None:
         """Make a run read as zeros.
@@ -308,32 +334,79 @@ class NbdClient:
         answer: _Answer | None = None,
     ) -> None:
         answer = answer or _Answer()
-        with self._lock:
-            if self._sock is None:
-                raise errors.Unknown('the NBD connection was lost before')
-            self._cookie += 1
+        with self._lock, self._dropping():
             deadline = time.monotonic() + self._timeout_s
-            head = REQUEST.pack(
-                REQUEST_MAGIC, 0, command, self._cookie, offset, length
-            )
-            try:
-                self._send(head, deadline)
-                if payload is not None:
-                    self._send(payload, deadline)
-                while not self._take_reply(command, answer, deadline):
-                    pass
-                if command == READ and not answer.error:
-                    _check_whole(answer)
-            except BaseException:
-                # What comes next on this connection means nothing.
-                self._drop()
-                raise
+            self._settle(0, deadline)
+            self._ask(command, offset, length, payload, deadline)
+            while not self._take_reply(command, answer, deadline):
+                pass
+            if command == READ and not answer.error:
+                _check_whole(answer)
         if answer.error:
-            kind = MEANING.get(answer.error, errors.Unknown)
-            raise kind(
-                f'the NBD server answers error {answer.error} to command '
-                f'{command} at {offset}'
+            raise _refusal(
+                answer.error, f'command {command} at {offset}'
             )
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Hang up if anything goes wrong: what comes next means nothing."""
+        if self._failed_write is not None:
+            raise self._failed_write
+        if self._sock is None:
+            raise errors.Unknown('the NBD connection was lost before')
+        try:
+            yield
+        except BaseException:
+            self._drop()
+            raise
+
+    def _ask(
+        self,
+        command: int,
+        offset: int,
+        length: int,
+        payload: memoryview | None,
+        deadline: float,
+    ) -> None:
+        self._cookie += 1
+        head = REQUEST.pack(
+            REQUEST_MAGIC, 0, command, self._cookie, offset, length
+        )
+        self._send(head, deadline)
+        if payload is not None:
+            self._send(payload, deadline)
+
+    def _settle(self, left: int, deadline: float) -> None:
+        """Take replies until no more writes than that are unanswered."""
+        while len(self._unanswered) > left:
+            error = self._take_write_reply(deadline)
+            if error:
+                self._failed_write = _refusal(error, 'an earlier write')
+                raise self._failed_write
+
+    def _take_write_reply(self, deadline: float) -> int:
+        """Take a reply to a write that nobody waits for; return its error."""
+        magic = int.from_bytes(self._receive(4, deadline), 'big')
+        error, is_last = 0, True
+        if magic == SIMPLE_MAGIC:
+            error, cookie = SIMPLE.unpack(
+                self._receive(SIMPLE.size, deadline)
+            )
+        elif magic == STRUCTURED_MAGIC and self._structured:
+            flags, kind, cookie, length = STRUCTURED.unpack(
+                self._receive(STRUCTURED.size, deadline)
+            )
+            is_last = bool(flags & CHUNK_DONE)
+            answer = _Answer()
+            self._take_chunk(WRITE, kind, length, answer, deadline)
+            error = answer.error
+        else:
+            raise _Garbled(f'a reply that begins with {magic:#x}')
+        if cookie not in self._unanswered:
+            raise _Garbled('a reply to another request')
+        if is_last:
+            self._unanswered.discard(cookie)
+        return error
 
     def _take_reply(
         self, command: int, answer: _Answer, deadline: float
@@ -488,6 +561,15 @@ def _connect(
         raise errors.Unavailable(
             f'no NBD server at {address}: {failed}'
         ) from failed
+
+
+def _refusal(error: int, what: str) -> errors.VolumeError:
+    kind = MEANING.get(error, errors.Unknown)
+    # Its numbers are Linux's, whatever it runs on.
+    return kind(
+        f'the NBD server answers error {error} ({os.strerror(error)}) to '
+        f'{what}'
+    )
 
 
 def _recv_into(view: memoryview, sock: socket.socket) -> int:

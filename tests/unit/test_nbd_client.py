@@ -59,7 +59,7 @@ class Request:
         self.payload = payload
 
 
-Reply = Callable[[Request], bytes]
+Reply = Callable[[Request], bytes | None]
 
 
 def honest(request: Request) -> bytes:
@@ -140,6 +140,8 @@ class Server:
                 return
             self.requests.append(request)
             answer = self.reply(request)
+            if answer is None:
+                continue  # it keeps silent
             sock.sendall(answer)
             if not answer:
                 return

@@ -175,7 +175,7 @@ class _FileReader(Reader):
         if not view:
             return 0
         try:
-            count = os.preadv(self._file.fileno(), [view], self._position)
+            count = self._file.pread_into(view, self._position)
         except OSError as failed:
             raise meaning(failed, f'read {self._path}') from failed
         if not count:
@@ -336,7 +336,7 @@ class _NbdWriter(Writer):
         view = memoryview(data).cast('B')
         at = self._position
         check_run('the volume', at, len(view), self.size_bytes)
-        self._try('nbd write', lambda: self._client.pwrite(view, at))
+        self._try('nbd write', lambda: self._client.pwrite_ahead(view, at))
         self._position += len(view)
         return len(view)
 
