@@ -6,12 +6,19 @@ clean-up still runs. The limit is a guard against hanging, not a statement
 about speed.
 """
 
-import faulthandler
-import logging
 import os
-import signal
-import threading
-import unittest
+
+from volume import concurrency
+
+# Before anything else: eventlet has to patch what the rest imports. Services
+# that tests start as processes of their own follow it (see process.py).
+CONCURRENCY = os.environ.get('VOLUME_TEST_CONCURRENCY', concurrency.THREADS)
+concurrency.start(CONCURRENCY)
+
+import faulthandler  # noqa: E402
+import logging  # noqa: E402
+import signal  # noqa: E402
+import unittest  # noqa: E402
 
 LIMIT_S = float(os.environ.get('VOLUME_TEST_LIMIT_S', '300'))
 
@@ -27,7 +34,8 @@ class TooLong(BaseException):
 
 
 def _limited(case, result=None):
-    if threading.current_thread() is not threading.main_thread():
+    threads = concurrency.native()
+    if threads.current_thread() is not threads.main_thread():
         return _run(case, result)
 
     def end(signum, frame):

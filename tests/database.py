@@ -1,18 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A migrated database for one test, and rows to put into it."""
+"""A migrated database for one test, and rows to put into it.
+
+``VOLUME_TEST_DATABASE`` says on which database the suite runs: sqlite,
+postgresql or mariadb. Without it that is SQLite, and what may differ from
+one to another (classes marked ``on_all``) runs on all three.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import os
+import sys
 import unittest
-from typing import Any
+from typing import Any, TypeVar
 
+import sqlalchemy
+
+from tests.mariadb import Mariadb
+from tests.postgres import Postgres
+from tests.server import Server
 from volume import ids
 from volume.db import migrate
 from volume.db import models
 from volume.db.engine import Database
 from volume.testing import fixtures
 
+SERVERS = {'postgresql': Postgres, 'mariadb': Mariadb}
+KINDS = ('sqlite', *SERVERS)
+CHOICE = 'VOLUME_TEST_DATABASE'
 NOW = 1_700_000_000.0
 GIB = 1 << 30
 
@@ -27,13 +44,124 @@ class Clock:
         return self.now
 
 
-def make(test: unittest.TestCase, clock: Clock | None = None) -> Database:
+Case = TypeVar('Case', bound=type[unittest.TestCase])
+
+
+def kind(test: Any) -> str:
+    """Return which database a test runs on."""
+    found = getattr(test, 'database_kind', '') or (
+        os.environ.get(CHOICE) or 'sqlite'
+    )
+    if found not in KINDS:
+        raise AssertionError(f'{CHOICE} is one of {", ".join(KINDS)}')
+    return found
+
+
+def on_all(case: Case) -> Case:
+    """Run a class on every database, if none was chosen for the suite."""
+    if not os.environ.get(CHOICE):
+        for name in SERVERS:
+            made = f'{case.__name__}On{name.capitalize()}'
+            setattr(sys.modules[case.__module__], made, type(made, (case,), {
+                '__module__': case.__module__, 'database_kind': name,
+            }))
+    return case
+
+
+def only_sqlite(case: Case) -> Case:
+    """Mark a class that is about SQLite itself, or needs its file."""
+    case.database_kind = 'sqlite'
+    return case
+
+
+@functools.cache
+def server(name: str) -> Server:
+    """Return the process's own server of a kind; it ends with the process.
+
+    :raises SkipTest: it is not installed
+    """
+    made = SERVERS[name]()
+    atexit.register(made.remove)
+    made.start()
+    return made
+
+
+def url(test: Any) -> str:
+    """Return the URL of a new, empty database, gone with the test."""
+    if kind(test) == 'sqlite':
+        return f'sqlite:///{fixtures.state_dir(test)}/volume.sqlite'
+    made = server(kind(test)).create()
+    test.addCleanup(server(kind(test)).drop, made)
+    return made
+
+
+def option(test: Any, settings: str = '') -> str:
+    """Return the line of a service's file that names its database.
+
+    With SQLite there is none, the service makes its own; nor if the other
+    settings name one.
+    """
+    if kind(test) == 'sqlite' or 'database =' in settings:
+        return ''
+    return f'database = {url(test)}\n'
+
+
+def lose(lost: str) -> None:
+    """Lose a database, as a disk does; an empty one is in its place."""
+    parsed = sqlalchemy.make_url(lost)
+    if parsed.get_backend_name() == 'sqlite':
+        for suffix in '', '-wal', '-shm':
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f'{parsed.database}{suffix}')
+        return
+    own = server(
+        'mariadb' if parsed.get_backend_name() == 'mysql' else 'postgresql'
+    )
+    own.drop(lost)
+    own.execute(f'CREATE DATABASE {parsed.database}')
+
+
+def make(test: Any, clock: Any = None) -> Database:
     """Return an empty database of the newest version, closed with the test."""
-    path = os.path.join(fixtures.state_dir(test), 'volume.sqlite')
-    db = Database(f'sqlite:///{path}', clock or Clock())
+    if kind(test) != 'sqlite':
+        return _borrow(test, clock or Clock())
+    db = Database(url(test), clock or Clock())
     test.addCleanup(db.close)
     migrate.upgrade(db)
     return db
+
+
+_free: dict[str, list[str]] = {name: [] for name in SERVERS}
+
+
+def _borrow(test: Any, clock: Any) -> Database:
+    """Return a database that others have used, and that was emptied since.
+
+    To migrate one anew for each test would take longer than most tests do.
+    """
+    own, free = server(kind(test)), _free[kind(test)]
+    db = Database(free.pop() if free else own.create(), clock)
+    migrate.upgrade(db)
+
+    def give_back() -> None:
+        db.close()
+        empty(db)
+        db.close()
+        free.append(db.url)
+
+    test.addCleanup(give_back)
+    return db
+
+
+def empty(db: Database) -> None:
+    """Remove every row."""
+
+    def remove(session: Any) -> None:
+        for table in models.Base.metadata.sorted_tables:
+            if table.name != models.Compatibility.__tablename__:
+                session.execute(sqlalchemy.delete(table))
+
+    db.write(remove)
 
 
 def add(db: Database, *rows: Any) -> None:

@@ -118,10 +118,15 @@ def vhd(
         '>8sQQIII', sparse, 0, b'cxsparse', (1 << 64) - 1, 1536, 0x10000,
         blocks, block,
     )
+    struct.pack_into('>I', sparse, 36, ~sum(sparse) & 0xFFFFFFFF)
     table = bytearray(b'\xff' * -(-blocks * 4 // SECTOR) * SECTOR)
     for index, entry in enumerate(entries):
         struct.pack_into('>I', table, index * 4, entry)
     return footer + bytes(sparse) + bytes(table) + (footer if ends else b'')
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes((data[at] ^ 1,)) + data[at + 1:]
 
 
 def vhd_fixed(data: bytes, *, kind: int = 2, claimed: int = 0) -> bytes:
@@ -240,6 +245,8 @@ HOSTILE: dict[str, tuple[str | None, Callable[[], bytes], str]] = {
     'vhd without its end': ('vhd', lambda: vhd(ends=False), 'cut off'),
     'vhd whose table points beyond its end': (
         'vhd', lambda: vhd(entries=(1 << 20,)), 'beyond its end'),
+    'vhd whose table has a damaged header': (
+        'vhd', lambda: flipped(vhd(), SECTOR + 700), 'checksum'),
     'vhd whose table is too small': (
         'vhd', lambda: vhd(count=1), 'smaller than its disk'),
     'vhd with absurd blocks': (

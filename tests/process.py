@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -16,6 +17,10 @@ import tempfile
 import time
 from typing import Any
 
+import sqlalchemy
+
+from tests import CONCURRENCY
+from tests import database
 from volume.blockd import Blockd
 from volume.node import Node
 
@@ -53,7 +58,9 @@ class ServiceProcess:
         extra: str = '',
         backends: str = 'b',
         path: str = '',
+        concurrency: str = CONCURRENCY,
     ) -> None:
+        self.concurrency = concurrency
         self.environment = os.environ | ({'PYTHONPATH': path} if path else {})
         self.root = tempfile.mkdtemp(prefix='vs', dir='/tmp')
         test.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
@@ -62,6 +69,8 @@ class ServiceProcess:
         for name in directories:
             os.mkdir(os.path.join(self.root, name))
         self.conf_file = os.path.join(self.root, 'volume.conf')
+        # A service of a chosen kind keeps it when it is configured again.
+        self._database = database.option(test, extra)
         self.configure(sections, extra=extra, backends=backends)
         self.process: subprocess.Popen[str] | None = None
         self.log = os.path.join(self.root, 'log')
@@ -73,11 +82,19 @@ class ServiceProcess:
     def configure(
         self, sections: str, *, extra: str = '', backends: str = 'b'
     ) -> None:
+        # No section and no option may stand twice.
+        api = '' if '[api]' in sections else '[api]\nport = 0\n'
+        database = '' if 'database =' in extra else self._database
+        fast = ''.join(
+            f'{line}\n' for line in FAST.splitlines()
+            if line.partition(' ')[0] not in extra
+        )
         with open(self.conf_file, 'w') as f:
             f.write(
-                f'[DEFAULT]\nenabled_backends = {backends}\n'
-                f'state_path = {self.state}\n{FAST}{extra}\n'
-                '[api]\nport = 0\n'
+                f'[DEFAULT]\nconcurrency = {self.concurrency}\n'
+                f'enabled_backends = {backends}\n'
+                f'state_path = {self.state}\n{fast}{extra}\n'
+                f'{database}{api}'
                 f'{sections.format(root=self.root)}\n'
             )
 
@@ -112,6 +129,25 @@ class ServiceProcess:
         self.process.wait(120)
         self.process.stdout.close()
         self.process = None
+
+    @property
+    def database_url(self) -> str:
+        with open(self.conf_file) as f:
+            named = re.search('^database = (.*)$', f.read(), re.MULTILINE)
+        return named[1] if named else (
+            f'sqlite:///{self.state}/volume.sqlite'
+        )
+
+    def sql(self, statement: str, **values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement on the service's database, beside the service."""
+        engine = sqlalchemy.create_engine(
+            self.database_url, poolclass=sqlalchemy.NullPool
+        )
+        with engine.begin() as connection:
+            found = connection.execute(sqlalchemy.text(statement), values)
+            if not found.returns_rows:
+                return []
+            return [tuple(row) for row in found]
 
     def tail(self) -> str:
         with open(self.log) as f:

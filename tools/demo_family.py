@@ -59,7 +59,7 @@ class Family:
         self._stop.set()
         self._thread.join()
         if not ended:
-            left = ', '.join(map(str, _descendants(os.getpid())))
+            left = ', '.join(map(str, descendants(os.getpid())))
             raise Failed(f'processes that do not end: {left}')
 
     def start(
@@ -118,7 +118,7 @@ class Family:
         """Send a signal to every descendant; say if they ended by it."""
         deadline = time.monotonic() + limit_s
         told: set[int] = set()
-        while alive := set(_descendants(os.getpid())):
+        while alive := set(descendants(os.getpid())):
             for pid in alive - told:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
@@ -129,7 +129,8 @@ class Family:
         return True
 
 
-def _descendants(ancestor: int) -> Iterator[int]:
+def descendants(ancestor: int) -> Iterator[int]:
+    """Yield the pids of all that a process has started, and they have."""
     children: dict[int, list[int]] = {}
     for pid, parent, state in _processes():
         if state != 'Z':

@@ -1,33 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real service in a process of its own, asked through its REST door."""
+"""The service of the demo: two backends, asked through its REST door."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from demo_family import Family
 from demo_screen import Failed
 from demo_screen import Step
+from service_process import command_path
+from service_process import Json
+from service_process import parsed
+from service_process import ServiceProcess
+from service_process import until
 
 from volume import errors
-from volume.cli.client import Client
 
-T = TypeVar('T')
-Json = dict[str, Any]
-
-START_S = 30.0
-STOP_S = 30.0
-WAIT_S = 120.0
-LOOK_S = 0.02
-LOG_LINES = 30
 HINTS = 'OS-SCH-HNT:scheduler_hints'
 
 CONFIGURATION = """\
@@ -56,78 +46,17 @@ cost = 10
 """
 
 
-class Service:
-    """``volume-service``: start, ask, kill, start again."""
+class Service(ServiceProcess):
+    """``volume-service`` with the backends ``fast`` and ``archive``."""
 
     def __init__(
         self, family: Family, directory: str, images: str
     ) -> None:
-        self._family = family
-        self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
-        self.url = ''
-        self.client = Client()
-        for name in 'fast', 'archive':
-            os.mkdir(self._path(name))
-        with open(self._path('volume.conf'), 'w') as f:
-            f.write(CONFIGURATION.format(directory=directory, images=images))
-
-    # The process.
-
-    def start(self) -> None:
-        """Start it, and wait until it serves.
-
-        :raises Failed: it does not
-        """
-        with (
-            open(self._path('service.out'), 'wb') as out,
-            open(self._path('service.log'), 'ab') as log,
-        ):
-            self._process = self._family.start(
-                _command('volume-service'),
-                '--config-file', self._path('volume.conf'),
-                stdout=out, stderr=log,
-            )
-        process = self._process
-
-        def address() -> str:
-            if process.poll() is not None:
-                raise Failed(
-                    f'the service ended with code {process.returncode}'
-                )
-            with open(self._path('service.out')) as out:
-                words = out.read()
-            return words.split()[-1] if words.endswith('\n') else ''
-
-        self.url = until(address, bool, 'the service to serve', START_S)
-        self.client = Client(self.url)
-
-    def kill(self) -> None:
-        """End it by SIGKILL, as a crash or the kernel would."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def stop(self) -> int:
-        """Ask it to stop; return its exit code."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            return self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            raise Failed(
-                f'the service did not stop within {STOP_S:g} s'
-            ) from None
-
-    def manage(self, *words: str) -> list[Json]:
-        """Return what ``volume-manage`` says; what it finds is no failure."""
-        _, said = self._family.run(
-            _command('volume-manage'), '--format', 'json',
-            '--config-file', self._path('volume.conf'), *words,
-            codes=(0, 1),
+        super().__init__(
+            family, directory,
+            CONFIGURATION.format(directory=directory, images=images),
+            ('fast', 'archive'),
         )
-        found: list[Json] = _json(f'volume-manage {" ".join(words)}', said)
-        return found
 
     def command(self, *words: str) -> Json:
         """Return what a verb of ``volume`` answers.
@@ -135,27 +64,17 @@ class Service:
         :raises Failed: it is refused, or fails
         """
         _, said = self._family.run(
-            _command('volume'), '--url', self.url, '--format', 'json', *words
+            command_path('volume'), '--url', self.url, '--format', 'json',
+            *words,
         )
-        found: Json = _json(f'volume {" ".join(words)}', said)
+        found: Json = parsed(f'volume {" ".join(words)}', said)
         return found
-
-    def log_tail(self) -> str:
-        """Return the last lines that the service has logged.
-
-        The requests that went well are left out.
-        """
-        with contextlib.suppress(OSError):
-            with open(self._path('service.log'), errors='replace') as f:
-                lines = [line for line in f if '" 20' not in line]
-                return ''.join(lines[-LOG_LINES:])
-        return ''
 
     def stored_bytes(self, *backends: str) -> int:
         """Return what backends' directories really take on the disk."""
         total = 0
         for backend in backends:
-            for where, _, names in os.walk(self._path(backend)):
+            for where, _, names in os.walk(self.path(backend)):
                 for name in names:
                     with contextlib.suppress(FileNotFoundError):
                         path = os.path.join(where, name)
@@ -239,46 +158,7 @@ class Service:
 
         until(is_gone, bool, f'{noun} {row_id} to be gone')
 
-    # Ours alone.
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._directory, name)
-
-
-def until(
-    look: Callable[[], T],
-    is_right: Callable[[T], bool],
-    what: str,
-    limit_s: float = WAIT_S,
-) -> T:
-    """Return what ``look`` gives once it is right.
-
-    :raises Failed: it never is
-    """
-    deadline = time.monotonic() + limit_s
-    while not is_right(found := look()):
-        if time.monotonic() > deadline:
-            now = found['status'] if isinstance(found, dict) else found
-            raise Failed(f'waited {limit_s:g} s for {what}; it is {now!r}')
-        time.sleep(LOOK_S)
-    return found
-
 
 def percent(job: Json) -> int:
     """Return how far a job is."""
     return 100 * int(job['done_bytes']) // max(int(job['total_bytes']), 1)
-
-
-def _json(command: str, said: str) -> Any:
-    try:
-        return json.loads(said)
-    except ValueError:
-        raise Failed(f'{command}: {said}') from None
-
-
-def _command(name: str) -> str:
-    """Return a command that was installed beside this Python."""
-    path = os.path.join(os.path.dirname(sys.executable), name)
-    if not os.path.exists(path):
-        raise Failed(f'{path} is not there; call ./run demo')
-    return path

@@ -23,8 +23,8 @@ from demo_screen import size
 from demo_screen import Step
 from demo_service import percent
 from demo_service import Service
-from demo_service import until
 from demo_web import ImageServer
+from service_process import until
 
 from volume import errors
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from volume import blockdaemon
+from volume import blockexports
 from volume import blockgraph
 from volume import errors
 from volume import qmp
@@ -30,7 +31,9 @@ from volume.blockgraph import Graph
 from volume.blockgraph import Layer
 from volume.node import Node
 
-EXPORT_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
+# An export's id, its block node, and whether it may be written to.
+Wanted = tuple[str, Mapping[str, Any], bool]
+
 PRIVATE = 'p-'  # exports for our own readers and writers
 ROUNDS = 5  # how often somebody else may close what we were about to use
 END_S = 30.0
@@ -107,7 +110,7 @@ class Blockd:
         :raises Busy: another process has a lock on one of the files
         :raises Corrupt: by its header a layer lies on another image
         """
-        _check(export_id)
+        blockexports.check(export_id)
         layer = blockgraph.parse(blocknode)
         self._check_headers(layer)
         for _ in range(ROUNDS):
@@ -120,6 +123,30 @@ class Blockd:
                     return self._process.uri(export_id)
         raise error
 
+    def export_many(
+        self, wanted: Sequence[Wanted]
+    ) -> dict[str, str | errors.VolumeError]:
+        """As ``export``, for many; return for each its URI, or what is wrong.
+
+        What goes as on a daemon that has forgotten everything takes one
+        exchange for all of them; what does not is exported by itself.
+
+        :raises VolumeError: the daemon does not start, or does not answer
+        """
+        there = self._export_at_once(wanted)
+        found: dict[str, str | errors.VolumeError] = {}
+        for export_id, blocknode, writable in wanted:
+            if export_id in there:
+                found[export_id] = self._process.uri(export_id)
+                continue
+            try:
+                found[export_id] = self.export(
+                    export_id, blocknode, writable
+                )
+            except errors.VolumeError as failed:
+                found[export_id] = failed
+        return found
+
     def unexport(self, export_id: str) -> None:
         """End the export and its sessions, and close what only it used.
 
@@ -127,15 +154,15 @@ class Blockd:
 
         :raises Unknown: a request in flight hangs in the storage
         """
-        _check(export_id)
+        blockexports.check(export_id)
         with self._running() as monitor:
             if monitor is None:
                 return
-            export = _find(monitor, export_id)
+            export = blockexports.find(monitor, export_id)
             if export is None:
                 self._close_unused(monitor)
                 return
-            chain = _graph(monitor).chain(export['node-name'])
+            chain = _chain(monitor, export)
             with contextlib.suppress(qmp.Refused):
                 # Refused: it is ending already. Waiting will tell.
                 monitor.tell(
@@ -153,7 +180,7 @@ class Blockd:
                 return {}
             graph = _graph(monitor, files=True)
             return {
-                _export_id(export): graph.filename(export['node-name'])
+                blockexports.id_of(export): graph.filename(export['node-name'])
                 for export in monitor.ask('query-block-exports')
             }
 
@@ -162,11 +189,32 @@ class Blockd:
         with self._running() as monitor:
             if monitor is None:
                 return set()
-            return set(map(_export_id, monitor.ask('query-block-exports')))
+            exports = monitor.ask('query-block-exports')
+            return set(map(blockexports.id_of, exports))
 
     def is_open(self, path: str) -> bool:
-        """Say whether the daemon has the file open, anywhere in a chain."""
-        return os.path.realpath(path) in self.open_files()
+        """Say whether the daemon has the file open, anywhere in a chain.
+
+        The kernel says yes for a hundredth of what the daemon takes; a no
+        is the daemon's. Whoever can ask for QEMU's locks does that first.
+        """
+        path = os.path.realpath(path)
+        with self._running() as monitor:
+            if monitor is None:
+                return False
+            if path in blockdaemon.files_of(self._node, monitor.pid):
+                return True
+            return path in _graph(monitor, files=True).files()
+
+    def is_top(self, blocknode: Mapping[str, Any]) -> bool:
+        """Say whether an export is of just this chain of images."""
+        layer = blockgraph.parse(blocknode)
+        names = {layer.name, layer.name_overlay}
+        with self._running() as monitor:
+            return monitor is not None and any(
+                export['node-name'] in names
+                for export in monitor.ask('query-block-exports')
+            )
 
     def open_files(self) -> frozenset[str]:
         """Return the resolved paths of all files that the daemon has open."""
@@ -285,17 +333,45 @@ class Blockd:
                     head = file.read(blockgraph.HEADER_BYTES) or b''
                 blockgraph.check_header(layer, head)
 
+    def _export_at_once(self, wanted: Sequence[Wanted]) -> set[str]:
+        """Return what was not there and is now; the rest is looked at."""
+        commands: list[qmp.Command] = []
+        behind: dict[str, int] = {}
+        below: set[str] = set()
+        for export_id, blocknode, writable in wanted:
+            with contextlib.suppress(errors.VolumeError):  # export() says it
+                blockexports.check(export_id)
+                layer = blockgraph.parse(blocknode)
+                self._check_headers(layer)
+                for each in reversed([*layer.chain()][1:]):
+                    if each.name_below not in below:
+                        below.add(each.name_below)
+                        commands.append(('blockdev-add', each.qapi_below()))
+                commands.append(('blockdev-add', layer.qapi(writable)))
+                commands.append(blockexports.add(export_id, layer, writable))
+                behind[export_id] = len(commands)
+        with self._started() as monitor:
+            replies = monitor.tell_all(commands)
+            # Open before, it could be another's: that is looked at.
+            done = {
+                export_id for export_id, end in behind.items()
+                if not any(
+                    isinstance(reply, qmp.Refused)
+                    for reply in replies[end - 2:end]
+                )
+            }
+            if len(done) < len(wanted):
+                self._close_unused(monitor)
+        return done
+
     def _export(
         self, monitor: qmp.Monitor, export_id: str, layer: Layer,
         writable: bool,
     ) -> None:
         name = self._open(monitor, layer, writable)
         try:
-            monitor.tell(
-                'block-export-add', type='nbd', name=export_id,
-                id=_qmp_id(export_id, writable), writable=writable,
-                **{'node-name': name},
-            )
+            command, arguments = blockexports.add(export_id, layer, writable)
+            monitor.tell(command, **{**arguments, 'node-name': name})
         except qmp.Refused as failed:
             if not self._is_exported(monitor, export_id, layer, writable):
                 self._close_unused(monitor)
@@ -370,13 +446,13 @@ class Blockd:
 
         :raises Conflict: it is there, and differs
         """
-        export = _find(monitor, export_id)
+        export = blockexports.find(monitor, export_id)
         if export is None:
             return False
         graph = _graph(monitor, files=True)
         there = graph.filename(export['node-name'])
         if there == graph.filename(layer.name) or there == layer.filename:
-            if export['id'] == _qmp_id(export_id, writable):
+            if blockexports.is_writable(export) == writable:
                 return True
             there = f'{there} with another access'
         self._close_unused(monitor)
@@ -408,7 +484,7 @@ class Blockd:
 
     def _await_end(self, monitor: qmp.Monitor, export_id: str) -> None:
         deadline = time.monotonic() + END_S
-        while _find(monitor, export_id) is not None:
+        while blockexports.find(monitor, export_id) is not None:
             if time.monotonic() > deadline:
                 raise errors.Unknown(
                     f'export {export_id} did not end within {END_S:g} s: a '
@@ -437,28 +513,14 @@ class Blockd:
                     raise
 
 
-def _check(export_id: str) -> None:
-    if not EXPORT_ID.fullmatch(export_id):
-        raise errors.Invalid(f'{export_id!r:.120} is no export id')
-
-
-def _qmp_id(export_id: str, writable: bool) -> str:
-    """Return QEMU's id; it must begin with a letter, and tells the access."""
-    return ('w.' if writable else 'r.') + export_id
-
-
-def _export_id(export: Mapping[str, Any]) -> str:
-    return str(export['id'])[2:]
-
-
-def _find(
-    monitor: qmp.Monitor, export_id: str
-) -> Mapping[str, Any] | None:
-    for export in monitor.ask('query-block-exports'):
-        if _export_id(export) == export_id:
-            found: Mapping[str, Any] = export
-            return found
-    return None
+def _chain(
+    monitor: qmp.Monitor, export: Mapping[str, Any]
+) -> list[str]:
+    """Return the nodes of an export from the top down."""
+    name = str(export['node-name'])
+    if blockexports.is_alone(export) and name.startswith('n'):
+        return [name]
+    return _graph(monitor).chain(name)
 
 
 def _graph(monitor: qmp.Monitor, files: bool = False) -> Graph:

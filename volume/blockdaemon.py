@@ -331,6 +331,25 @@ class Process:
             os.close(fd)
 
 
+def files_of(node: Node, pid: int) -> frozenset[str]:
+    """Return the paths of files that a process has open, if we may look.
+
+    One that was closed and opened anew meanwhile may be missing.
+    """
+    directory = f'/proc/{pid}/fd'
+
+    def look() -> frozenset[str]:
+        found = set()
+        with contextlib.suppress(OSError):
+            for name in os.listdir(directory):
+                with contextlib.suppress(OSError):
+                    path = os.readlink(f'{directory}/{name}')
+                    found.add(path.removesuffix(' (deleted)'))
+        return frozenset(found)
+
+    return node.act(f'look at files of {PROGRAM}', look)
+
+
 def _loopback(tcp: str) -> tuple[str, int]:
     """Return host and port of ``host:port`` or ``[host]:port``.
 

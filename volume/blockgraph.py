@@ -16,6 +16,7 @@ cannot be opened below another one: QEMU's own lock refuses it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -63,7 +64,7 @@ class Layer:
         name = self.file.get('filename')
         return name if isinstance(name, str) else _canonical(self.file)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         below = self.backing.digest if self.backing else ''
         text = _canonical([self.driver, dict(self.file), below])
@@ -78,6 +79,11 @@ class Layer:
     def name_below(self) -> str:
         """The node's name below another layer."""
         return f'b{self.digest}'
+
+    @property
+    def name_overlay(self) -> str:
+        """The node's name if a snapshot has put it over an open layer."""
+        return f's{_path_digest(self.filename)}'
 
     def chain(self) -> Iterator[Layer]:
         """Yield the layers from the top down."""
@@ -125,7 +131,7 @@ def overlay_qapi(path: str) -> dict[str, Any]:
     Its name is of another kind than a layer's: opened without what it lies
     on, it must never be taken for the whole image.
     """
-    digest = hashlib.sha256(path.encode()).hexdigest()[:30]
+    digest = _path_digest(path)
     file = {'driver': 'file', 'filename': path}
     return {
         **_policy(), 'driver': 'qcow2', 'node-name': f's{digest}',
@@ -250,14 +256,12 @@ class Graph:
 
 
 def _policy() -> dict[str, Any]:
-    """Return what every node gets.
+    """Return what every node gets beside QEMU's defaults.
 
-    The host's cache, so that plain readers of the file see the same bytes;
-    a flush is an fdatasync.
+    Those are the host's cache, so that plain readers of the file see the
+    same bytes; a flush is an fdatasync.
     """
-    return {
-        'discard': 'unmap', 'cache': {'direct': False, 'no-flush': False},
-    }
+    return {'discard': 'unmap'}
 
 
 def _parse(blocknode: object, depth: int) -> Layer:
@@ -326,6 +330,10 @@ def _mapping(found: object, what: str) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise errors.Invalid(f'{what} is {found!r:.80}, not a mapping')
     return found
+
+
+def _path_digest(path: str) -> str:
+    return hashlib.sha256(path.encode()).hexdigest()[:30]
 
 
 def _canonical(value: object) -> str:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from oslo_config import cfg
 from oslo_config import types
 from stevedore import ExtensionManager
+
+from volume import concurrency
 
 LOG = logging.getLogger(__name__)
 
@@ -32,9 +35,28 @@ SERVICE = (
         help='Directory for locks, sockets, spools and the default database.',
     ),
     cfg.StrOpt(
+        'lock_path', default='$state_path/locks',
+        help='Directory of the locks on volumes.\n\n'
+             'Services of one machine that work on the same storage must '
+             'share it: then one can go on with the work of another that '
+             'has died.',
+    ),
+    cfg.StrOpt(
         'database', secret=True,
         default='sqlite:///$state_path/volume.sqlite',
-        help='SQLAlchemy URL of the database.',
+        help='SQLAlchemy URL of the database.\n\n'
+             'sqlite:////PATH, postgresql://USER:PASSWORD@HOST/NAME or '
+             'mariadb://USER:PASSWORD@HOST/NAME.',
+    ),
+    cfg.FloatOpt(
+        'database_timeout_s', default=10.0, min=0.1,
+        help='Seconds that a database server has to answer a statement.\n\n'
+             'Lost races and lost connections are tried again for as long; '
+             'then the request is refused with 503, and a job waits.',
+    ),
+    cfg.IntOpt(
+        'database_connections', default=30, min=2,
+        help='The most connections to a database server at once.',
     ),
     cfg.ListOpt(
         'enabled_backends', default=[],
@@ -44,6 +66,12 @@ SERVICE = (
         'roles', default=['api', 'manager'],
         item_type=types.String(choices=['api', 'manager']),
         help='What this process does.',
+    ),
+    cfg.StrOpt(
+        'concurrency', default=concurrency.THREADS,
+        choices=concurrency.MODES,
+        help='How the process does several things at once.\n\n'
+             'eventlet must be installed: volume-service[eventlet].',
     ),
     cfg.StrOpt(
         'availability_zone', default='nova',
@@ -72,6 +100,12 @@ SERVICE = (
     cfg.FloatOpt(
         'stats_interval_s', default=10.0, min=0.5,
         help='Seconds between two reports of capacity.',
+    ),
+    cfg.FloatOpt(
+        'service_down_s', default=60.0, min=1.0,
+        help='Seconds of silence after which a service counts as down.\n\n'
+             'Its backends get no new volumes then, unless another service '
+             'has them too. At least three times stats_interval_s is used.',
     ),
     cfg.FloatOpt(
         'upkeep_interval_s', default=30.0, min=0.1,
@@ -108,6 +142,10 @@ SERVICE = (
         'log_level', default='INFO',
         choices=['DEBUG', 'INFO', 'WARNING', 'ERROR'],
         help='The least important messages that are logged.',
+    ),
+    cfg.StrOpt(
+        'log_format', default='text', choices=['text', 'json'],
+        help='Whether a line of the log is for people, or a JSON object.',
     ),
 )
 
@@ -175,7 +213,8 @@ def load(
 ) -> cfg.ConfigOpts:
     """Return the configuration of a command line and its files.
 
-    :raises SystemExit: the command line or a file is wrong, and why
+    :raises SystemExit: the command line is wrong, and why
+    :raises cfg.Error: a file or a value is wrong, and why
     """
     conf = cfg.ConfigOpts()
     register(conf)
@@ -184,7 +223,50 @@ def load(
         default_config_files=list(files) if files is not None else None,
         default_config_dirs=[] if files is not None else None,
     )
+    for path in conf.config_file:
+        _check_file(path, {'DEFAULT', 'api', *conf.enabled_backends})
+    _check_values(conf)
     return conf
+
+
+SECTION = re.compile(r'\[(.*)\]')
+
+
+def _check_file(path: str, ours: Collection[str]) -> None:
+    """Refuse a section, or an option of ours, that stands there twice.
+
+    oslo.config would mix two sections of one name and take the last of two
+    values: a backend could come to have another's directories.
+    """
+    section = 'DEFAULT'
+    seen: dict[tuple[str, str], int] = {}
+    with open(path, encoding='utf-8') as lines:
+        for number, line in enumerate(lines, 1):
+            if found := SECTION.match(line):
+                section, what = found[1], f'section [{found[1]}]'
+                mark = section, ''
+            elif section in ours and not line.startswith(
+                (' ', '\t', '#', ';', '\n')
+            ):
+                name = re.split('[=:]', line, maxsplit=1)[0].strip()
+                what = f'option {name} of section [{section}]'
+                mark = section, name.replace('-', '_')
+            else:
+                continue
+            if mark in seen:
+                raise cfg.ConfigFileValueError(
+                    f'{path}:{number}: {what} stands in line {seen[mark]} '
+                    'already; make one of the two'
+                )
+            seen[mark] = number
+
+
+def _check_values(conf: cfg.ConfigOpts) -> None:
+    """Read every value of ours now, that none fails when it is needed."""
+    for name in conf:
+        if isinstance(conf[name], cfg.ConfigOpts.GroupAttr):
+            for option in conf[name]:
+                conf[name][option]
 
 
 def register(conf: cfg.ConfigOpts) -> None:
@@ -196,7 +278,9 @@ def register(conf: cfg.ConfigOpts) -> None:
         conf.register_opts(source.options)
 
 
-CLI = frozenset({'state_path', 'log_level', 'roles'})
+CLI = frozenset({
+    'concurrency', 'log_format', 'log_level', 'roles', 'state_path',
+})
 
 
 def database_url(conf: cfg.ConfigOpts) -> str:
@@ -206,6 +290,14 @@ def database_url(conf: cfg.ConfigOpts) -> str:
         path = os.path.abspath(conf.state_path)
         return f'sqlite:///{path}/volume.sqlite'
     return url
+
+
+def database_limits(conf: cfg.ConfigOpts) -> dict[str, Any]:
+    """Return what ``Database`` is told beside its URL."""
+    return {
+        'timeout_s': conf.database_timeout_s,
+        'connections': conf.database_connections,
+    }
 
 
 def list_opts() -> list[tuple[str | None, list[cfg.Opt]]]:

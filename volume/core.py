@@ -38,6 +38,7 @@ class Settings:
     lease_s: float = 30.0
     job_retry_s: float = 3600.0
     call_timeout_s: float = 55.0
+    service_down_s: float = 60.0
     size_bytes_max: int = 1 << 56
     availability_zone: str = 'nova'
     image_url_template: str = ''
@@ -61,6 +62,10 @@ class Core:
     owner_host: str = ''
     runs: Callable[[str], bool] = lambda backend: False
     notify: Notify = silent
+
+    def heard_after(self) -> float:
+        """Return since when a manager must have reported to count as up."""
+        return self.db.clock() - self.settings.service_down_s
 
     def when_free(self, accept: Callable[[], T]) -> T:
         """Return what ``accept`` returns once no other job is in its way.

@@ -36,6 +36,7 @@ LOG = logging.getLogger(__name__)
 Effect = Callable[[Session], None]
 Ended = Callable[['Job'], None]
 BUSY_RETRY_S = 10.0
+GRACE_S = 5.0  # for a neighbour's process to let go of what it has done
 BACKOFF_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 PROGRESS_S = 1.0
 # What a record changes of the job's row, here and in the database at once.
@@ -44,6 +45,8 @@ RECORDED = (
     'expires_at', 'due_at', 'give_up_at', 'attempts', 'error_kind', 'error',
     'cancel', 'ended_at',
 )
+# Where a job is; only who holds its token changes that.
+PLACE = ('token', 'state', 'direction', 'step')
 
 
 class LeaseLost(errors.VolumeError):
@@ -59,10 +62,13 @@ class Step:
     """One thing to do, and how to undo it if a later one fails.
 
     A step that fails is undone itself as well: it may have happened.
+    ``is_late`` says that what was asked for has been done before, and only
+    tidying up is left: it is too late to cancel.
     """
 
     do: Callable[[Job], Effect | None]
     undo: Callable[[Job], Effect | None] | None = None
+    is_late: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +93,8 @@ class Job:
 
     ``answer`` is what a waiting caller gets; ``known`` holds the rows that
     the accepting verb had read, so that they are not read again.
+    ``is_heir`` says that an earlier or another process may have begun it,
+    and left helpers that still write.
     """
 
     row: models.Job
@@ -104,7 +112,9 @@ class Job:
     known: dict[str, Any] = dataclasses.field(default_factory=dict)
     answer: dict[str, Any] = dataclasses.field(default_factory=dict)
     undone: bool = False
+    is_heir: bool = False
     _told_at: float = 0.0
+    _heard_at: float = dataclasses.field(default_factory=time.monotonic)
     _started_at: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -171,7 +181,16 @@ class Job:
             row = session.get(models.Job, self.row.id)
             return bool(row and row.cancel)
 
-        if self.db.write(tell) and self.row.direction == 'do':
+        try:
+            is_cancelled = self.db.write(tell)
+        except (errors.Unavailable, errors.Unknown):
+            # Until the lease runs out nobody else can have the job; the
+            # database may be found again before that.
+            if time.monotonic() - self._heard_at > self.settings.lease_s:
+                raise
+            return
+        self._heard_at = now
+        if is_cancelled and self.row.direction == 'do':
             raise errors.Cancelled(f'job {self.row.id} was cancelled')
 
     def fenced(self, session: Session, **values: Any) -> None:
@@ -216,22 +235,36 @@ def run(job: Job) -> bool:
     :raises LeaseLost: another manager has it
     :raises Stopped: the service is stopping; the lease was given back
     """
+    LOG.info(
+        'job %s %s of %s begins on %s%s', job.row.id, job.row.kind,
+        _about(job), job.row.backend,
+        f', at {job.row.direction} step {job.row.step}'
+        if job.row.step or job.row.direction == 'undo' else '',
+    )
     try:
-        with job.node.hold(job.row.exclusive, job.row.shared):
+        with job.node.hold(
+            job.row.exclusive, job.row.shared,
+            grace_s=0.0 if job.is_heir else GRACE_S,
+        ):
             while job.row.state == 'open':
                 if job.is_stopping():
                     raise Stopped(f'job {job.row.id} is left for later')
                 if not _advance(job):
                     return False
     except Stopped:
-        _release(job, job.db.clock())
+        _give_back(job, job.db.clock())
         raise
     except (errors.Unavailable, errors.Unknown) as failed:
         # The database or the lock did not answer; nothing is lost: the job
         # stays open, and its lease runs out or is given back.
         LOG.warning('job %s waits: %s', job.row.id, failed)
-        _release(job, job.db.clock() + BACKOFF_S[3])
+        _give_back(job, job.db.clock() + BACKOFF_S[3])
         return False
+    LOG.info(
+        'job %s %s of %s is %s after %.3f s%s', job.row.id, job.row.kind,
+        _about(job), job.row.state, job.db.clock() - job.row.created_at,
+        f': {job.row.error}' if job.row.error else '',
+    )
     if job.flow.ended:
         job.flow.ended(job)
     return True
@@ -259,9 +292,15 @@ def fail(job: Job, bug: BaseException) -> None:
 def _advance(job: Job) -> bool:
     """Do or undo one step; say whether to go on at once."""
     step = job.flow.steps[job.row.step]
+    work = step.do if job.row.direction == 'do' else step.undo
+    LOG.debug(
+        'job %s %s: %s step %d of %d, %s', job.row.id, job.row.kind,
+        job.row.direction, job.row.step, len(job.flow.steps),
+        getattr(work, '__name__', 'nothing'),
+    )
     try:
         if job.row.direction == 'do':
-            if job.row.cancel:
+            if job.row.cancel and not step.is_late:
                 raise errors.Cancelled(f'job {job.row.id} was cancelled')
             _forward(job, step.do(job))
         else:
@@ -321,19 +360,20 @@ def _handle(job: Job, failed: errors.VolumeError) -> bool:
     """Decide what a failure means: again later, undo, or an end."""
     now = job.db.clock()
     row = job.row
-    LOG.warning(
-        'job %s %s: %s step %d of volume %s: %s: %s',
-        row.id, row.kind, row.direction, row.step, row.volume_id,
-        failed.kind, failed,
-    )
     give_up_at = row.give_up_at or now
     if isinstance(failed, errors.Busy):
         begun_at = row.created_at if row.direction == 'do' else (
             give_up_at - job.settings.job_retry_s
         )
         give_up_at = min(give_up_at, begun_at + BUSY_RETRY_S)
-    if failed.retry and now < give_up_at:
-        pause_s = BACKOFF_S[min(row.attempts, len(BACKOFF_S) - 1)]
+    pause_s = BACKOFF_S[min(row.attempts, len(BACKOFF_S) - 1)]
+    is_again = failed.retry and now < give_up_at
+    LOG.warning(
+        'job %s %s of %s: %s step %d: %s: %s; %s',
+        row.id, row.kind, _about(job), row.direction, row.step, failed.kind,
+        failed, f'tried again in {pause_s:g} s' if is_again else 'given up',
+    )
+    if is_again:
         _release(job, now + pause_s, row.attempts + 1, failed)
         return False
     if row.direction == 'do' and not isinstance(failed, errors.Corrupt):
@@ -398,6 +438,18 @@ def _release(
     _write(job, lambda session: job.fenced(session, **values))
 
 
+def _give_back(job: Job, due_at: float) -> None:
+    """Let go of a job, or leave that to the end of its lease."""
+    try:
+        _release(job, due_at)
+    except (errors.Unavailable, errors.Unknown) as failed:
+        job.row.due_at = job.db.clock() + job.settings.lease_s
+        LOG.warning(
+            'job %s is free again when its lease has run out: %s',
+            job.row.id, failed,
+        )
+
+
 def _write(job: Job, record: Callable[[Session], None]) -> None:
     """Write a record whole; each attempt starts from the row as it was.
 
@@ -414,11 +466,33 @@ def _write(job: Job, record: Callable[[Session], None]) -> None:
         restore()
         record(session)
 
+    def happened(session: Session) -> bool:
+        """Say whether the database is where the first attempt had led.
+
+        Nobody else moves a job without taking it over, which changes its
+        token; what leaves it where it was may be written twice.
+        """
+        there = session.execute(
+            select(*(getattr(models.Job, name) for name in PLACE))
+            .where(models.Job.id == job.row.id).with_for_update()
+        ).one_or_none()
+        meant = tuple(getattr(job.row, name) for name in PLACE)
+        return there is not None and tuple(there) == meant != place
+
+    place = tuple(getattr(job.row, name) for name in PLACE)
     try:
-        job.db.write(attempt)
+        job.db.write(attempt, happened)
     except BaseException:
         restore()
         raise
+
+
+def _about(job: Job) -> str:
+    """Return what a job is about, in words for the log."""
+    row = job.row
+    if row.snapshot_id:
+        return f'snapshot {row.snapshot_id} of volume {row.volume_id}'
+    return f'volume {row.volume_id}'
 
 
 def _is_cancelled(session: Session, job: Job) -> bool:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
 import signal
 import time
 from collections.abc import Iterator, Sequence
 
+from volume import concurrency
 from volume import errors
 
 WAIT_S = 10.0
@@ -26,8 +28,12 @@ def hold(
     exclusive: Sequence[str],
     shared: Sequence[str],
     wait_s: float = WAIT_S,
+    grace_s: float = 0.0,
 ) -> Iterator[tuple[int, ...]]:
     """Hold the locks of all names, taken in order; yield the descriptors.
+
+    Another process that holds one is ended, after ``grace_s``: a neighbour
+    that has just ended its job is about to let go by itself.
 
     :raises Unavailable: a holder could not be ended
     """
@@ -36,7 +42,10 @@ def hold(
     modes.update({name: fcntl.LOCK_EX for name in exclusive})
     with contextlib.ExitStack() as stack:
         yield tuple(
-            _take(stack, os.path.join(directory, name), modes[name], wait_s)
+            _take(
+                stack, os.path.join(directory, name), modes[name], wait_s,
+                grace_s,
+            )
             for name in sorted(modes)
         )
 
@@ -52,8 +61,16 @@ def alone(path: str, what: str) -> Iterator[None]:
     """Hold a lock for this process's life; nobody is killed for it.
 
     :raises Busy: another process has it
+    :raises Invalid: the directory is another user's, or cannot be written
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    check_owner(os.path.dirname(path))
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as failed:
+        raise errors.Invalid(
+            f'{what} cannot be used: {path}: {failed.strerror}; see to its '
+            'mount, its owner and its mode'
+        ) from failed
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,10 +84,39 @@ def alone(path: str, what: str) -> Iterator[None]:
         os.close(fd)
 
 
+def check_owner(directory: str) -> None:
+    """Refuse to leave files in a directory whose owner could not use them.
+
+    Above all: root's in that of the service's user.
+
+    :raises Invalid: it belongs to another user
+    """
+    try:
+        owner = os.stat(directory).st_uid
+    except OSError:
+        return  # there is none yet, or whoever uses it will say why not
+    if owner == os.geteuid():
+        return
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = f'#{owner}'
+    raise errors.Invalid(
+        f'{directory} belongs to user {name}, and this runs as another, '
+        'whose files the service could not use: run it as that user, like '
+        f'"runuser -u {name} -- volume-manage …"'
+    )
+
+
 def _take(
-    stack: contextlib.ExitStack, path: str, mode: int, wait_s: float
+    stack: contextlib.ExitStack,
+    path: str,
+    mode: int,
+    wait_s: float,
+    grace_s: float,
 ) -> int:
-    deadline = time.monotonic() + wait_s
+    started = time.monotonic()
+    deadline = started + wait_s
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -81,7 +127,8 @@ def _take(
                 raise errors.Unavailable(
                     f'{path} is still locked by {_holders(path)}'
                 ) from None
-            _end_holders(path)
+            if time.monotonic() - started >= grace_s:
+                concurrency.blocking(lambda: _end_holders(path))
             time.sleep(0.01)
             continue
         if _is_current(fd, path):
@@ -101,7 +148,10 @@ def _is_current(fd: int, path: str) -> bool:
 
 
 def _holders(path: str) -> list[int]:
-    """Return the processes other than this one that have the file open."""
+    """Return the processes other than this one that hold the lock.
+
+    Who has the file open without holding it is a neighbour that waits, too.
+    """
     target = os.path.realpath(path)
     found = []
     for pid in filter(str.isdigit, os.listdir('/proc')):
@@ -109,10 +159,17 @@ def _holders(path: str) -> list[int]:
             continue
         with contextlib.suppress(OSError):
             for fd in os.listdir(f'/proc/{pid}/fd'):
-                if os.readlink(f'/proc/{pid}/fd/{fd}') == target:
+                if os.readlink(f'/proc/{pid}/fd/{fd}') == target and (
+                    _has_lock(f'/proc/{pid}/fdinfo/{fd}')
+                ):
                     found.append(int(pid))
                     break
     return found
+
+
+def _has_lock(fdinfo: str) -> bool:
+    with open(fdinfo, encoding='utf-8') as f:
+        return 'FLOCK' in f.read()
 
 
 def _end_holders(path: str) -> None:

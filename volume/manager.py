@@ -364,9 +364,10 @@ def _size_bytes(gib: int | str | None, size_bytes: int | None) -> int | None:
             raise errors.Invalid(f'size {gib!r:.40} is not a whole number')
         gib = int(gib)
     if gib <= 0:
-        raise errors.Invalid(f'size {gib} must be greater than 0')
+        raise errors.Invalid(f'size {gib!s:.40} must be greater than 0')
     if size_bytes is not None and size_bytes != gib * model.GIB:
         raise errors.Invalid(
-            f'size {gib} GiB and size_bytes {size_bytes} differ'
+            f'size {gib!s:.40} GiB and size_bytes {size_bytes!s:.40} '
+            'differ'
         )
     return gib * model.GIB

@@ -15,74 +15,37 @@ import dataclasses
 import errno
 import fcntl
 import io
+import logging
 import os
-import re
-import selectors
-import signal
+import shlex
 import stat
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TYPE_CHECKING, TypeVar
 
+from volume import commands
+from volume import concurrency
 from volume import errors
 from volume import locks
+from volume.commands import CommandFailed as CommandFailed
+from volume.commands import Endless as Endless
+from volume.commands import ENVIRONMENT as ENVIRONMENT
+from volume.commands import Limits as Limits
+from volume.commands import mask as mask
+from volume.commands import meaning as meaning
 
 if TYPE_CHECKING:
     from volume.blockd import Blockd
 
+LOG = logging.getLogger(__name__)
+
 T = TypeVar('T')
 
-# What the operating system says, and what it means to our caller.
-MEANING: Mapping[int, type[errors.VolumeError]] = {
-    errno.ENOSPC: errors.NoSpace,
-    errno.EDQUOT: errors.NoSpace,
-    errno.ENOENT: errors.NotFound,
-    errno.EEXIST: errors.Conflict,
-    errno.EBUSY: errors.Busy,
-    errno.EACCES: errors.Invalid,
-    errno.EPERM: errors.Invalid,
-    errno.EROFS: errors.Invalid,
-    errno.ENOTDIR: errors.Invalid,
-    errno.ENAMETOOLONG: errors.Invalid,
-    errno.EFBIG: errors.Invalid,
-    errno.ELOOP: errors.Invalid,
-    errno.EOPNOTSUPP: errors.Unsupported,
-    # This machine has no more of something; nothing happened.
-    errno.EAGAIN: errors.Unavailable,
-    errno.EMFILE: errors.Unavailable,
-    errno.ENFILE: errors.Unavailable,
-    errno.ENOMEM: errors.Unavailable,
-}
-
 FICLONE = 0x40049409  # linux/fs.h
-PERCENT = re.compile(rb'\((\d+(?:\.\d+)?)/100%\)')  # qemu-img -p
-ENVIRONMENT = {'LC_ALL': 'C', 'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'}
-SECRET = re.compile(
-    r'(?i)((?:password|passwd|secret|token|key)\S*?[=:]\s*)\S+'
-)
 
 _held: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar(
     'held', default=()
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """What a command that parses foreign bytes may use, by prlimit(1)."""
-
-    address_bytes: int = 1 << 30
-    cpu_s: int = 10
-    file_bytes: int | None = None
-
-    def argv(self) -> list[str]:
-        prefix = [
-            'prlimit', f'--as={self.address_bytes}', f'--cpu={self.cpu_s}',
-            '--core=0', '--nofile=256',
-        ]
-        if self.file_bytes is not None:
-            prefix.append(f'--fsize={self.file_bytes}')
-        return prefix
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,29 +57,26 @@ class Space:
     device: str
 
 
-class CommandFailed(errors.Unknown):
-    """A command ended with an exit code other than zero.
-
-    A driver maps it by a table; unmapped it counts as ``Unknown``.
-    """
-
-    def __init__(self, argv: Sequence[str], code: int, stderr: str) -> None:
-        self.code = code
-        self.stderr = stderr
-        last = stderr.strip().splitlines()[-1:] or ['it said nothing']
-        super().__init__(f'{argv[0]} failed with code {code}: {last[0]:.400}')
-
-
 class Node:
     """This machine."""
 
-    def __init__(self, state_dir: str) -> None:
+    def __init__(self, state_dir: str, lock_dir: str = '') -> None:
         self.state_dir = state_dir
+        self.lock_dir = lock_dir or os.path.join(state_dir, 'locks')
         self.blockd: Blockd | None = None
 
     def act(self, what: str, effect: Callable[[], T]) -> T:
         """Have an effect on the world; the one place to inject faults."""
         return effect()
+
+    def blocking(self, effect: Callable[[], T]) -> T:
+        """Return what ``effect`` returns; others go on meanwhile.
+
+        For what keeps the kernel or the processor busy, such as a digest of
+        much. Under eventlet it runs in a native thread, so it must not wait
+        for a lock, a queue or a socket; see ``concurrency``.
+        """
+        return concurrency.blocking(effect)
 
     # Commands.
 
@@ -138,16 +98,25 @@ class Node:
         has a process group of its own.
 
         :raises CommandFailed: its exit code was not zero
-        :raises Unknown: it was killed for its time or its output
+        :raises Endless: it was killed for its time or its output
         :raises Unavailable: it is not installed
         """
         full = [*(limits.argv() if limits else ()), *argv]
-        return self.act(
-            f'run {argv[0]}' + ''.join(f' {a}' for a in argv[1:2]),
-            lambda: _run(
-                full, timeout_s, input_bytes, output_bytes_max, secrets, watch
-            ),
-        )
+        started = time.monotonic()
+        try:
+            return self.act(
+                f'run {argv[0]}' + ''.join(f' {a}' for a in argv[1:2]),
+                lambda: commands.run(
+                    full, _held.get(), timeout_s, input_bytes,
+                    output_bytes_max, secrets, watch,
+                ),
+            )
+        finally:
+            if LOG.isEnabledFor(logging.DEBUG):
+                LOG.debug(
+                    'ran %s in %.3f s', mask(shlex.join(argv), secrets),
+                    time.monotonic() - started,
+                )
 
     # Files.
 
@@ -319,24 +288,31 @@ class Node:
             except OSError as failed:
                 raise meaning(failed, f'{verb} {path}') from failed
 
-        return self.act(f'{verb} {os.path.basename(path)}', mapped)
+        return self.act(
+            f'{verb} {os.path.basename(path)}', lambda: self.blocking(mapped)
+        )
 
     # Locks.
 
     @contextlib.contextmanager
     def hold(
-        self, exclusive: Sequence[str] = (), shared: Sequence[str] = ()
+        self,
+        exclusive: Sequence[str] = (),
+        shared: Sequence[str] = (),
+        grace_s: float = 0.0,
     ) -> Iterator[None]:
         """Hold the locks of these objects, here and in every helper started.
 
         The lock lives as long as the last process that inherited it. Whoever
         asks has the lease already, so a holder that is left is a stalled
-        predecessor or its orphan: it is killed, and waited for.
+        predecessor or its orphan: it is killed after ``grace_s``, and waited
+        for.
 
         :raises Unavailable: the holder could not be ended
         """
-        directory = os.path.join(self.state_dir, 'locks')
-        with locks.hold(directory, exclusive, shared) as descriptors:
+        with locks.hold(
+            self.lock_dir, exclusive, shared, grace_s=grace_s
+        ) as descriptors:
             token = _held.set((*_held.get(), *descriptors))
             try:
                 yield
@@ -346,7 +322,7 @@ class Node:
     def forget_locks(self, names: Sequence[str]) -> None:
         """Remove the lock files of what no longer exists."""
         for name in names:
-            locks.forget(os.path.join(self.state_dir, 'locks'), name)
+            locks.forget(self.lock_dir, name)
 
 
 class File(io.RawIOBase):
@@ -374,9 +350,15 @@ class File(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int | None:
         try:
-            return self._raw.readinto(buffer)
+            return self._node.blocking(lambda: self._raw.readinto(buffer))
         except OSError as failed:
             raise meaning(failed, f'read {self._path}') from failed
+
+    def pread_into(self, buffer: Any, offset_bytes: int) -> int:
+        """Read from an offset, and leave the position where it is."""
+        return self._node.blocking(
+            lambda: os.preadv(self._raw.fileno(), [buffer], offset_bytes)
+        )
 
     def write(self, data: Any, /) -> int:
         def put() -> int:
@@ -413,18 +395,12 @@ class File(io.RawIOBase):
         return self._node._file_act(verb, self._path, effect)
 
 
-def meaning(failed: OSError, doing: str) -> errors.VolumeError:
-    """Return our error for one of the operating system's."""
-    kind = MEANING.get(failed.errno or 0, errors.Unknown)
-    return kind(f'{doing}: {os.strerror(failed.errno or 0)}')
+class Reading(io.FileIO):
+    """A file that was opened otherwise, to be read as a node's is."""
 
-
-def mask(text: str, secrets: Sequence[str] = ()) -> str:
-    """Replace secrets, and what looks like one, by three stars."""
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, '***')
-    return SECRET.sub(r'\1***', text)
+    def readinto(self, buffer: Any, /) -> int | None:
+        read = super().readinto
+        return concurrency.blocking(lambda: read(buffer))
 
 
 def _mode(path: str) -> int | None:
@@ -458,117 +434,3 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if result:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-
-
-def _run(
-    argv: list[str],
-    timeout_s: float,
-    input_bytes: bytes,
-    output_bytes_max: int,
-    secrets: Sequence[str],
-    watch: Callable[[float], None] | None,
-) -> str:
-    try:
-        child = subprocess.Popen(
-            argv, env=ENVIRONMENT, pass_fds=_held.get(), process_group=0,
-            stdin=subprocess.PIPE if input_bytes else subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-    except FileNotFoundError as missing:
-        raise errors.Unavailable(f'{argv[0]} is not installed') from missing
-    except OSError as failed:
-        raise meaning(failed, f'start {argv[0]}') from failed
-    with child:
-        try:
-            out, err = _talk(
-                child, argv, timeout_s, input_bytes, output_bytes_max, watch
-            )
-        except BaseException:
-            _kill_group(child)
-            raise
-    code = child.returncode
-    if code:
-        words = mask(err.decode(errors='replace'), secrets)
-        if words.startswith('prlimit: failed to execute'):
-            raise errors.Unavailable(
-                f'{_without_prlimit(argv)[0]} is not installed'
-            )
-        name = argv if argv[0] != 'prlimit' else _without_prlimit(argv)
-        raise CommandFailed(name, code, words)
-    return out.decode(errors='replace')
-
-
-def _talk(
-    child: subprocess.Popen[bytes],
-    argv: list[str],
-    timeout_s: float,
-    input_bytes: bytes,
-    output_bytes_max: int,
-    watch: Callable[[float], None] | None,
-) -> tuple[bytes, bytes]:
-    """Feed and drain the child until it ends."""
-    deadline = time.monotonic() + timeout_s
-    assert child.stdout and child.stderr
-    kept = {child.stdout: bytearray(), child.stderr: bytearray()}
-    percent = 0.0
-    with selectors.DefaultSelector() as selector:
-        for pipe in kept:
-            selector.register(pipe, selectors.EVENT_READ)
-        if child.stdin:
-            # Small inputs only: a pipe holds 64 KiB without a reader.
-            assert len(input_bytes) <= 1 << 16
-            # A child that does not want its input says why by its code.
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(input_bytes)
-                child.stdin.close()
-        while selector.get_map():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise errors.Unknown(
-                    f'{argv[0]} did not end within {timeout_s:g} s'
-                )
-            for key, _ in selector.select(min(left_s, 0.3)):
-                data = os.read(key.fd, 1 << 16)
-                if not data:
-                    selector.unregister(key.fileobj)
-                    continue
-                buffer = kept[key.fileobj]  # type: ignore[index]
-                buffer += data
-                if watch and (found := PERCENT.findall(buffer[-200:])):
-                    percent = float(found[-1])
-                    del buffer[:-200]
-                if len(buffer) > output_bytes_max:
-                    raise errors.Unknown(
-                        f'{argv[0]} printed over {output_bytes_max} bytes'
-                    )
-            if watch:
-                watch(percent)
-        _await(child, argv[0], deadline, timeout_s)
-    return bytes(kept[child.stdout]), bytes(kept[child.stderr])
-
-
-def _await(
-    child: subprocess.Popen[bytes],
-    name: str,
-    deadline: float,
-    timeout_s: float,
-) -> None:
-    """Wait for a child that has closed its output; it may live on."""
-    try:
-        child.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise errors.Unknown(
-            f'{name} did not end within {timeout_s:g} s'
-        ) from None
-
-
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-
-
-def _without_prlimit(argv: list[str]) -> list[str]:
-    rest = argv[1:]
-    while rest and rest[0].startswith('--'):
-        rest = rest[1:]
-    return rest

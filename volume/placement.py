@@ -20,6 +20,7 @@ class Candidate:
     backend: str
     name: str
     is_up: bool = True
+    is_heard: bool = True
     enabled: bool = True
     tags: frozenset[str] = frozenset()
     features: frozenset[str] = frozenset()
@@ -52,6 +53,7 @@ class Wish:
 # Each filter is a name for the operator and a question about one pool.
 FILTERS = (
     ('state', lambda pool, wish: pool.is_up and pool.enabled),
+    ('silent', lambda pool, wish: pool.is_heard),
     ('backend', lambda pool, wish: wish.backend in ('', pool.backend)),
     ('pool', lambda pool, wish: wish.pool in ('', pool.name)),
     ('project', lambda pool, wish:
@@ -89,5 +91,7 @@ def choose(pools: Iterable[Candidate], wish: Wish) -> Candidate:
             trace.append(f'{name} -{len(left) - len(kept)}')
         left = kept
     if not left:
-        raise errors.NoSpace('no pool fits: ' + ', '.join(trace))
+        raise errors.NoSpace(
+            f'no pool fits: {", ".join(trace)}; see "volume pools"'
+        )
     return min(left, key=lambda p: (p.cost, -p.unclaimed_bytes, p.name))

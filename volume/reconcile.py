@@ -94,8 +94,10 @@ def view(db: Database) -> View:
     return db.read(read)
 
 
-def look(db: Database, backends: Mapping[str, Backend]) -> list[Finding]:
-    """Return every difference that lasts.
+def look(
+    db: Database, backends: Mapping[str, Backend], host: str
+) -> list[Finding]:
+    """Return every difference that lasts; of exports, those of this node.
 
     Rows are read before and after the storage is looked at: what has changed
     between is in flux, and no finding.
@@ -119,7 +121,7 @@ def look(db: Database, backends: Mapping[str, Backend]) -> list[Finding]:
     after = view(db)
     for (name, pool), found in stored.items():
         findings += _storage(name, pool, found, before, after)
-    findings += _exports(exported, before, after)
+    findings += _exports(exported, before, after, host)
     findings += _statuses(before, after)
     findings += _claims(db)
     return findings
@@ -218,12 +220,14 @@ def _storage(
 
 
 def _exports(
-    exported: Mapping[str, set[str]], before: View, after: View
+    exported: Mapping[str, set[str]], before: View, after: View, host: str
 ) -> Iterator[Finding]:
     flux = before.flux | after.flux
     there = set().union(*exported.values()) if exported else set()
     for row_id, row in after.attachments.items():
         if row_id in flux or row.volume_id in flux:
+            continue
+        if row.node not in ('', host):
             continue
         if (
             row.is_connected and row.backend in exported

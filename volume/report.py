@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report what backends and pools are like now; pools' claims are kept."""
+"""Report what backends and pools are like now; pools' claims are kept.
+
+A backend may have several managers. Each says in its service's row which
+backends it has; one whose own is up writes the rows of the backend and its
+pools, and the others leave them alone for as long as that one does.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +19,69 @@ from volume.db import models
 
 
 def report(
-    session: Session, backends: list[Backend], host: str, now: float
+    session: Session,
+    backends: list[Backend],
+    host: str,
+    now: float,
+    down_s: float = 60.0,
+    machine: str = '',
 ) -> None:
-    """Write the state of this manager's backends and their pools."""
+    """Write the state of this manager's backends and their pools.
+
+    ``machine`` is what services that run side by side have in common.
+    """
+    mine = session.get(models.Service, host)
+    if mine is not None:
+        mine.backends = {each.name: each.reason for each in backends}
+    # Long before placement would miss it, another writes the row.
+    heard_after = now - down_s / 2
+    others = _up_elsewhere(session, host, heard_after)
     for backend in backends:
         row = session.get(models.Backend, backend.name)
+        elsewhere = others.get(backend.name, set())
+        if elsewhere and not backend.is_up:
+            continue
         if row is None:
             row = models.Backend(name=backend.name, enabled=True)
             session.add(row)
+        elif row.host in elsewhere and row.updated_at >= heard_after:
+            continue
         row.host = host
         row.is_up = backend.is_up
         row.reason = backend.reason
         row.updated_at = now
         _settings(row, backend.conf)
-        _pools(session, backend, host, now)
-    _retire(session, {backend.name for backend in backends}, host)
+        _pools(session, backend, machine or host, now)
+    _retire(session, {backend.name for backend in backends}, host, others)
     _devices(session)
 
 
-def _retire(session: Session, names: set[str], host: str) -> None:
+def _up_elsewhere(
+    session: Session, host: str, heard_after: float
+) -> dict[str, set[str]]:
+    """Return for each backend the other services whose own of it is up."""
+    found: dict[str, set[str]] = {}
+    for row in session.scalars(
+        select(models.Service).where(
+            models.Service.host != host,
+            models.Service.heard_at >= heard_after,
+            models.Service.is_fenced.is_(False),
+        )
+    ):
+        for name, reason in (row.backends or {}).items():
+            if not reason:
+                found.setdefault(name, set()).add(row.host)
+    return found
+
+
+def _retire(
+    session: Session, names: set[str], host: str, others: dict[str, set[str]]
+) -> None:
     """Take down the backends that this manager no longer has."""
     for row in session.scalars(
         select(models.Backend).where(models.Backend.host == host)
     ):
-        if row.name not in names:
+        if row.name not in names and row.name not in others:
             row.is_up = False
             row.reason = f'it is not enabled on {host}'
 
@@ -53,7 +97,7 @@ def _settings(row: models.Backend, conf: Any) -> None:
 
 
 def _pools(
-    session: Session, backend: Backend, host: str, now: float
+    session: Session, backend: Backend, machine: str, now: float
 ) -> None:
     rows = {
         row.name: row for row in session.scalars(
@@ -71,11 +115,11 @@ def _pools(
                 backend=backend.name, name=name, claimed_bytes=0
             )
             session.add(rows[name])
-        _fill(rows[name], pool, backend.conf, host, now)
+        _fill(rows[name], pool, backend.conf, machine, now)
 
 
 def _fill(
-    row: models.Pool, pool: model.Pool, conf: Any, host: str, now: float
+    row: models.Pool, pool: model.Pool, conf: Any, machine: str, now: float
 ) -> None:
     total, free = pool.total_bytes, pool.free_bytes
     if conf.capacity_gib is not None:
@@ -91,7 +135,7 @@ def _fill(
     row.max_volume_bytes = min(pool.max_volume_bytes, 1 << 62)
     row.thin = pool.thin
     row.features = sorted(pool.features)
-    row.device = f'{host}/{pool.device}' if pool.device else ''
+    row.device = f'{machine}/{pool.device}' if pool.device else ''
     row.updated_at = now
 
 

@@ -47,12 +47,13 @@ VERSION = '1.1'  # its history stands in rpcapi.py
 MESSAGE_BYTES_MAX = 1 << 18
 SEND_RETRIES = 5
 """Tries to reach the broker: with oslo's pauses of 1, 3, 5 … s about 25 s."""
+PREFETCH = 64  # as many as oslo.messaging has threads to serve them
 BROKER_S = 5.0
 STOP_S = 10.0
 
 _VERSION = re.compile(r'(\d{1,4})\.(\d{1,4})')
 _REQUEST_ID = re.compile(r'[A-Za-z0-9._:-]{1,64}')
-_EVENT_IDS = ('volume_id', 'snapshot_id')
+_EVENT_IDS = ('volume_id', 'snapshot_id', 'job_id')
 
 
 class Endpoint(Protocol):
@@ -102,6 +103,12 @@ def register_opts(conf: cfg.ConfigOpts) -> None:
     _register(conf)
     conf.set_default('transport_url', 'fake://')
     conf.set_default('control_exchange', EXCHANGE)  # of notifications
+    # A manager takes what it can work on, and leaves the rest to others; a
+    # broker that is back is found again soon, however long it was away.
+    for name, value in (
+        ('rabbit_qos_prefetch_count', PREFETCH), ('rabbit_interval_max', 5),
+    ):
+        conf.set_default(name, value, group='oslo_messaging_rabbit')
 
 
 def is_remote(conf: cfg.ConfigOpts) -> bool:
@@ -174,7 +181,12 @@ class Dispatcher:
         asked = message if isinstance(message, Mapping) else {}
         token = current_request.set('-')
         try:
-            return self._run(context, asked)
+            result = self._run(context, asked)
+            LOG.info(
+                'rpc %s %.60s %s: done', 'call' if waits else 'cast',
+                asked.get('method'), _named(asked.get('args')),
+            )
+            return result
         except errors.VolumeError as failed:
             public = _public(failed)
         except Exception:
@@ -193,10 +205,10 @@ class Dispatcher:
 
     def dispatch(self, incoming: Any) -> Any:
         """Serve a message of oslo.messaging's."""
+        # Not by msg_id: oslo.messaging makes one up for a cast.
+        waits = bool(getattr(incoming, 'reply_q', None))
         try:
-            return self.run(
-                incoming.ctxt, incoming.message, waits=bool(incoming.msg_id)
-            )
+            return self.run(incoming.ctxt, incoming.message, waits=waits)
         except errors.VolumeError as failed:
             expected = messaging.ExpectedException()
             # Without a traceback: our paths are no business of a client's.
@@ -226,11 +238,7 @@ class Dispatcher:
     ) -> None:
         """Log a failure; tell of it by a notification if nobody waits."""
         method, args = message.get('method'), message.get('args')
-        args = args if isinstance(args, Mapping) else {}
-        named = {
-            name: args[name] for name in _EVENT_IDS
-            if isinstance(args.get(name), str) and len(args[name]) <= 64
-        }
+        named = _named(args)
         LOG.log(
             logging.INFO if waits else logging.WARNING,
             'rpc %s %.60r %s request %s: %s: %s',
@@ -313,6 +321,15 @@ def context_of(caller: object) -> dict[str, Any]:
     found['is_admin'] = bool(found['is_admin'])
     checked = caller_of(found)
     return {name: getattr(checked, name) for name in names}
+
+
+def _named(args: object) -> dict[str, str]:
+    """Return which things a message is about; nothing else of it."""
+    given = args if isinstance(args, Mapping) else {}
+    return {
+        name: given[name] for name in _EVENT_IDS
+        if isinstance(given.get(name), str) and len(given[name]) <= 64
+    }
 
 
 def _short(value: object) -> str | None:
@@ -463,6 +480,7 @@ class Remote:
             version=version, **({'server': host} if host else {})
         )
         send = getattr(client, how)
+        LOG.debug('rpc %s %s to %s', how, method, to)
         try:
             return send(wire(context), method, **wire(args))
         except errors.VolumeError as failed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import heapq
 import logging
 import threading
@@ -98,21 +99,21 @@ class Runner:
             if job_id in self._ended:
                 return self._ended[job_id]
             self._waiting.setdefault(job_id, []).append(waiter)
+            # What another process runs is looked at again and again.
+            pause_s = 0.5 if job_id in self._active else 0.05
         deadline = time.monotonic() + timeout_s
-        # A process without backends never runs a job itself: it looks.
-        pause_s = 0.5 if self.backends else 0.05
         try:
             while not waiter.event.wait(
                 min(pause_s, max(deadline - time.monotonic(), 0))
             ):
                 # Another process may have run it.
-                row = self._db.read(lambda s: s.get(models.Job, job_id))
+                row = self._row(job_id)
                 if row is not None and row.state != 'open':
                     return Ended(row.state, row.error_kind, row.error)
                 if time.monotonic() >= deadline:
                     raise errors.Unknown(
                         f'job {job_id} goes on; it did not end within '
-                        f'{timeout_s:g} s'
+                        f'{timeout_s:g} s{self._why(row)}'
                     )
         finally:
             with self._guard:
@@ -122,19 +123,43 @@ class Runner:
         assert waiter.ended is not None
         return waiter.ended
 
+    def _row(self, job_id: str) -> models.Job | None:
+        """Return a job as the database has it, if that can be asked.
+
+        If not, the job may go on all the same: who waits for it must not be
+        told that nothing has happened.
+        """
+        try:
+            return self._db.read(lambda s: s.get(models.Job, job_id))
+        except errors.Unavailable as failed:
+            LOG.warning('job %s cannot be looked at: %s', job_id, failed)
+            return None
+
+    def _why(self, row: models.Job | None) -> str:
+        """Say what a job waits for, if another node alone can run it."""
+        if row is None or row.owner or row.node in ('', self.host):
+            return ''
+        return (
+            f'; its volume is open on node {row.node}: start volume-service '
+            'there, or if that node is dead, run volume-manage node fence '
+            f'{row.node}'
+        )
+
     # What the service's own threads do.
 
-    def renew(self) -> None:
+    def renew(self, db: Database | None = None) -> None:
         """Keep the leases of all that runs or is queued here.
 
         What we hold and do not run (its acceptor died before its hint, or
         the database before its release) runs out, and the sweep finds it.
+
+        Under eventlet a native thread calls this, with a database of its
+        own. So it takes no lock; to copy a set is one step.
         """
-        with self._guard:
-            active = sorted(self._active)
+        active = sorted(self._active.copy())
         until = self._db.clock() + self.settings.lease_s
         if active:
-            self._db.write(
+            (db or self._db).write(
                 lambda s: jobs.renew(s, self.owner, active, until)
             )
 
@@ -169,11 +194,16 @@ class Runner:
                     self.settings.lease_s,
                 )
 
-            if self._db.write(take):
+            def taken_by_us(session: Any, row: models.Job = row) -> bool:
+                return jobs.is_held(session, row.id, self.owner, row.token + 1)
+
+            if self._db.write(take, taken_by_us):
+                row.node = jobs.node_of(row.kind, row.node, self.host)
+                heir = bool(row.owner_host)
                 row.owner, row.owner_host = self.owner, self.host
                 row.token += 1
                 row.expires_at = now + self.settings.lease_s
-                self._submit(row, {})
+                self._submit(row, {}, heir)
                 taken += 1
         return taken
 
@@ -213,16 +243,22 @@ class Runner:
         while self.busy() and time.monotonic() < deadline:
             time.sleep(POLL_S)
             if time.monotonic() - renewed > self.settings.lease_s / 3:
-                self.renew()
                 renewed = time.monotonic()
+                with contextlib.suppress(errors.Unavailable):
+                    self.renew()
         self._stopping = True
         for pool in pools:
             pool.shutdown(wait=True)
-        self._db.write(lambda s: jobs.release(s, self.owner))
+        try:
+            self._db.write(lambda s: jobs.release(s, self.owner))
+        except errors.VolumeError as failed:
+            LOG.warning('leases are left to run out: %s', failed)
 
     # Ours alone.
 
-    def _submit(self, row: models.Job, known: dict[str, Any]) -> None:
+    def _submit(
+        self, row: models.Job, known: dict[str, Any], is_heir: bool = False
+    ) -> None:
         with self._guard:
             backend = self.backends.get(row.backend)
             if row.id in self._active or backend is None or self._closed:
@@ -230,6 +266,7 @@ class Runner:
             if row.expires_at <= self._db.clock():
                 return  # it may be another's by now: the sweep will say
             job = self.job(row, backend, known)
+            job.is_heir = is_heir
             self._active.add(row.id)
             pool = self._pools.get(row.backend)
             if pool is None:

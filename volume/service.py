@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from sqlalchemy.orm import Session
 
 import volume
 from volume import backends
+from volume import concurrency
 from volume import conf as options
 from volume import errors
 from volume import ids
@@ -29,7 +31,7 @@ from volume import locks
 from volume import logs
 from volume import periodic
 from volume import rpc
-from volume import rpcapi
+from volume import takeover
 from volume.api import app
 from volume.api import auth
 from volume.api import server
@@ -40,6 +42,8 @@ from volume.db import migrate
 from volume.db import models
 from volume.db.engine import Clock
 from volume.db.engine import Database
+from volume.hints import Hints
+from volume.lockdomain import LockDomain
 from volume.manager import VolumeManager
 from volume.node import Node
 from volume.notifier import notifier
@@ -48,6 +52,7 @@ from volume.transfer.sources import Sources
 
 LOG = logging.getLogger(__name__)
 CHECK_WAIT_S = 1.0
+GIVEN_UP = 3  # exit code
 
 
 class Service:
@@ -66,24 +71,44 @@ class Service:
         self.address = ''
         self._reload = reload
         self._stop = threading.Event()
+        self._stop_pulse = concurrency.native().Event()
         self._threads: list[threading.Thread] = []
         self._strangers: set[str] = set()
         self._node_id = ''
         self._stack = contextlib.ExitStack()
         state = os.path.abspath(conf.state_path)
-        self.node = node or Node(state)
+        self.node = node or Node(state, os.path.abspath(conf.lock_path))
+        self.domain = LockDomain(self.node.lock_dir)
+        self._has_name = False
         self.node.blockd = self.node.blockd or Blockd(
             self.node, os.path.join(state, 'blockd'),
             tcp=conf.nbd_listen or None,
         )
-        self.db = Database(options.database_url(conf), clock)
+        url = options.database_url(conf)
+        limits = options.database_limits(conf)
+        self.db = Database(url, clock, **limits)
+        # Heartbeat and leases: whatever keeps eventlet's greenthreads busy,
+        # they go on, in native threads that share nothing with them.
+        self._pulse_db = (
+            Database(url, clock, **limits) if concurrency.is_green()
+            else self.db
+        )
         self._notifier = notifier(conf)
         self.runner = self._make_runner(state)
+        self.hints = Hints(
+            conf, self.db, self.runner,
+            silent_s=self.runner.settings.service_down_s,
+        ) if rpc.is_remote(conf) else None
         self.core = Core(
-            db=self.db, hint=self._hint(), wait=self.runner.wait,
+            db=self.db, hint=self.hints or self.runner.hint,
+            wait=self.runner.wait,
             settings=self.runner.settings, owner=self.owner,
             owner_host=conf.host, runs=self.runner.runs,
             notify=self.runner.notify,
+        )
+        self.neighbours = takeover.Neighbours(
+            self.core, self.node, self.domain, silent_s=conf.lease_s,
+            gap_s=conf.lease_s / 2 + conf.sweep_interval_s,
         )
         self.endpoint = VolumeManager(self.core)
 
@@ -105,11 +130,15 @@ class Service:
         migrate.require(self.db)
         # What is entered last ends first: the doors, then the work.
         self._stack.callback(self.db.close)
+        self._stack.callback(self._pulse_db.close)
         self._stack.callback(self._notifier.stop)
         self._stack.callback(self._forget_service)
         self._stack.callback(
             self.runner.drain, self.conf.graceful_shutdown_timeout_s
         )
+        if self.hints is not None:
+            self.hints.start()
+            self._stack.callback(self.hints.stop)
         if 'manager' in self.conf.roles:
             self._start_manager()
         if 'api' in self.conf.roles:
@@ -118,6 +147,7 @@ class Service:
     def stop(self) -> None:
         """Drain: the doors close, running steps end, leases go back."""
         self._stop.set()
+        self._stop_pulse.set()
         self.runner.wake()
         self._stack.close()
         for thread in self._threads:
@@ -139,7 +169,7 @@ class Service:
         table = backends.load(conf, self.node)
         self.runner.backends = table
         self.conf = conf
-        periodic.refresh(self.core, table.values(), conf.host)
+        self._refresh()
         LOG.info('backends now: %s', ', '.join(table) or 'none')
 
     # Ours alone.
@@ -151,6 +181,9 @@ class Service:
             lease_s=conf.lease_s,
             job_retry_s=conf.job_retry_s,
             call_timeout_s=conf.call_timeout_s,
+            service_down_s=max(
+                conf.service_down_s, 3 * conf.stats_interval_s
+            ),
             availability_zone=conf.availability_zone,
             image_url_template=conf.image_url_template,
         )
@@ -165,26 +198,6 @@ class Service:
             rate_bytes_per_s=conf.image_rate_bytes_per_s,
         )
 
-    def _hint(self) -> Callable[..., None]:
-        """Return how work is started: here, or by a word to its manager."""
-        if 'manager' in self.conf.roles or not rpc.is_remote(self.conf):
-            return self.runner.hint
-        bus = rpcapi.VolumeAPI.connect(self.conf)
-        self._stack.callback(bus.close)
-
-        def wake(job: models.Job, *known: object) -> None:
-            # A hint that is lost costs one sweep's interval, no more.
-            with contextlib.suppress(errors.VolumeError):
-                backend = self.db.read(
-                    lambda s: s.get(models.Backend, job.backend)
-                )
-                bus.wake(
-                    periodic.SYSTEM, job.id,
-                    host=backend.host if backend else '',
-                )
-
-        return wake
-
     def _start_manager(self) -> None:
         spool = os.path.join(self.node.state_dir, 'spool')
         self.node.make_directory(spool)
@@ -192,26 +205,22 @@ class Service:
         self._claim_name()
         self.runner.void_earlier()
         periodic.end_private_exports(self.node)
+        self.domain.join(self.conf.host, self.owner, self.node.state_dir)
         self._beat()
-        periodic.refresh(
-            self.core, self.runner.backends.values(), self.conf.host,
-            CHECK_WAIT_S,
-        )
+        self._refresh(CHECK_WAIT_S)
         conf = self.conf
         third = conf.lease_s / 3
-        self._every('renew', third, self.runner.renew)
-        self._every('heartbeat', min(third, 10.0), self._beat)
+        self._every('renew', third, lambda: (
+            self.runner.renew(self._pulse_db)
+        ), pulse=True)
+        self._every('heartbeat', min(third, 10.0), self._beat, pulse=True)
         self._every('sweep', conf.sweep_interval_s, self._sweep, now=True)
         self._every('exports', conf.stats_interval_s, self._exports, now=True)
-        self._every('stats', conf.stats_interval_s, lambda: periodic.refresh(
-            self.core, self.runner.backends.values(), self.conf.host
-        ))
+        self._every('stats', conf.stats_interval_s, self._refresh)
         self._every('upkeep', conf.upkeep_interval_s, lambda: (
             periodic.upkeep(self.runner.backends.values())
         ))
-        self._every('history', 600.0, lambda: periodic.forget(
-            self.core, conf.retention_s
-        ), now=True)
+        self._every('history', 600.0, self._tidy, now=True)
         if rpc.is_remote(conf):
             consumer = rpc.Server(conf, self.endpoint, conf.host)
             consumer.start()
@@ -231,7 +240,14 @@ class Service:
         self.address = web.start()
         self._stack.callback(web.stop)
 
+    def _refresh(self, wait_s: float = periodic.CHECK_S) -> None:
+        periodic.refresh(
+            self.core, self.runner.backends.values(), self.conf.host, wait_s,
+            socket.gethostname(),
+        )
+
     def _sweep(self) -> None:
+        self.neighbours.look()
         self.runner.sweep()
         periodic.end_stale_reservations(
             self.core, self.conf.reservation_timeout_s
@@ -242,6 +258,11 @@ class Service:
             self.core, self.runner.backends, self._strangers
         )
         periodic.restore_exports(self.core, self.runner.backends)
+
+    def _tidy(self) -> None:
+        # The files first: afterwards nothing tells that they are nobody's.
+        periodic.sweep_locks(self.core, self.node)
+        periodic.forget(self.core, self.conf.retention_s)
 
     def _claim_name(self) -> None:
         """Make sure that no other state directory uses our host's name.
@@ -267,19 +288,39 @@ class Service:
 
     def _beat(self) -> None:
         now = self.db.clock()
+        is_first = not self._has_name
 
-        def beat(session: Session) -> None:
+        def beat(session: Session) -> str:
             row = session.get(models.Service, self.conf.host)
-            if row is None or row.owner != self.owner:
+            if row is None or (is_first and row.owner != self.owner):
                 row = session.merge(models.Service(
                     host=self.conf.host, owner=self.owner,
                     roles=list(self.conf.roles),
                     version=volume.__version__, started_at=now,
                     heard_at=now, is_fenced=False, node_id=self._node_id,
+                    domain=self.domain.id,
                 ))
+            if row.owner != self.owner:
+                return 'another service has taken its name meanwhile'
+            if row.is_fenced:
+                return 'an operator has fenced it (volume-manage node fence)'
             row.heard_at = now
+            return ''
 
-        self.db.write(beat)
+        over = self._pulse_db.write(beat)
+        if over:
+            self._give_up(over)
+        self._has_name = True
+
+    def _give_up(self, why: str) -> None:
+        """End at once: what this process does may be done by another now."""
+        LOG.critical(
+            'service %s ends, for %s: its jobs and attachments may be '
+            'another node\'s now; started again, it begins anew',
+            self.conf.host, why,
+        )
+        takeover.end_all(self.node)
+        os._exit(GIVEN_UP)
 
     def _forget_service(self) -> None:
         def forget(session: Session) -> None:
@@ -296,13 +337,18 @@ class Service:
         interval_s: float,
         work: Callable[[], object],
         now: bool = False,
+        pulse: bool = False,
     ) -> None:
-        """Do something again and again in a thread of its own."""
+        """Do something again and again in a thread of its own.
+
+        A ``pulse`` has a native thread, and takes no lock of the others.
+        """
         is_sweep = name == 'sweep'
+        stop = self._stop_pulse if pulse else self._stop
 
         def loop() -> None:
             is_due = now
-            while not self._stop.is_set():
+            while not stop.is_set():
                 if is_due:
                     try:
                         work()
@@ -315,11 +361,33 @@ class Service:
                 if is_sweep:
                     self.runner.idle(self.db.clock() + interval_s)
                 else:
-                    self._stop.wait(interval_s)
+                    stop.wait(interval_s)
 
-        thread = threading.Thread(target=loop, name=name, daemon=True)
+        threads = concurrency.native() if pulse else threading
+        thread = threads.Thread(target=loop, name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
+
+
+class _Signals:
+    """Signals in their order, for a thread or a greenthread to wait for.
+
+    The handlers do nothing: under eventlet they run in the middle of its
+    hub, where nothing may be woken. The interpreter writes the numbers into
+    a socket.
+    """
+
+    def __init__(self, *numbers: int) -> None:
+        self._socket, self._kernel = socket.socketpair()
+        self._kernel.setblocking(False)
+        signal.set_wakeup_fd(
+            self._kernel.fileno(), warn_on_full_buffer=False
+        )
+        for number in numbers:
+            signal.signal(number, lambda number, frame: None)
+
+    def wait(self) -> int:
+        return self._socket.recv(1)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -328,31 +396,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)
     try:
         conf = options.load(arguments)
-        logs.set_up(conf.log_level)
+        logs.set_up(conf.log_level, conf.log_format)
+        concurrency.check(conf.concurrency)
         service = Service(conf, reload=lambda: options.load(arguments))
-        told = threading.Event()
-        wanted: list[int] = []
-
-        def tell(number: int, frame: object) -> None:
-            wanted.append(number)
-            told.set()
-
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, tell)
+        signals = _Signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         service.start()
-    except (errors.VolumeError, cfg.Error, ValueError) as wrong:
+    except (errors.VolumeError, cfg.Error, OSError, ValueError) as wrong:
         print(f'volume-service: {wrong}', file=sys.stderr)
         return 1
     if service.address:
         print(f'volume-service: serving {service.address}/v3', flush=True)
-    while True:
-        told.wait()
-        told.clear()
-        while wanted:
-            if wanted.pop(0) != signal.SIGHUP:
-                service.stop()
-                return 0
-            service.reload()
+    while signals.wait() == signal.SIGHUP:
+        service.reload()
+    service.stop()
+    return 0
 
 
 def _upload_url(conf: cfg.ConfigOpts) -> str:

@@ -9,6 +9,7 @@ grows until the fault no longer comes up. Then a new process recovers.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import unittest
 
@@ -23,9 +24,10 @@ from volume.verbs import snapshots
 from volume.verbs import volumes
 
 PROOF = bool(os.environ.get('VOLUME_PROOF'))
-LOOKS = frozenset({
-    'exists', 'size', 'allocated', 'space', 'list', 'read', 'readlink',
-})
+LOOKS = re.compile(
+    '(exists|is_file|size|allocated|space|list|read|readlink|probe) '
+    '|qmp (connect|query-|x-debug-query-)'
+)
 
 
 class FlowFaults:
@@ -49,7 +51,8 @@ class FlowFaults:
             for fault in faults.every(nth):
                 # A call that only looks has no effect to come before or
                 # after: one refusal stands for all six, but in a proof run.
-                if not PROOF and what.split()[0] in LOOKS and (
+                # To die at it is to die after the call before it.
+                if not PROOF and LOOKS.match(what) and (
                     fault != faults.Fault('refused', nth, False)
                 ):
                     continue

@@ -27,7 +27,7 @@ class Twice:
     def __getattr__(self, name):
         return getattr(self._db, name)
 
-    def write(self, fn):
+    def write(self, fn, happened=None):
         def lose(session):
             fn(session)
             session.flush()
@@ -37,7 +37,7 @@ class Twice:
             self._db.write(lose)
         except Lost:
             self.count += 1
-        return self._db.write(fn)
+        return self._db.write(fn, happened)
 
 
 class RetriedCase:

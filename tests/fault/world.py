@@ -16,8 +16,10 @@ import shutil
 import tempfile
 from typing import Any
 
+import sqlalchemy
 from sqlalchemy import select
 
+from tests import database
 from volume import backends
 from volume import conf as options
 from volume import errors
@@ -64,6 +66,13 @@ class Shelf:
         migrate.upgrade(made)
         made.close()
         self.db = Database(f'sqlite:///{self._path}')
+        # Here processes die, and no machine: what was written is there.
+        sqlalchemy.event.listen(
+            self.db.engine, 'connect',
+            lambda connection, record: connection.execute(
+                'PRAGMA synchronous=OFF'
+            ),
+        )
 
     def fresh(self) -> Database:
         self.db.close()
@@ -106,7 +115,10 @@ class World:
             test.addCleanup(
                 Blockd(Node(self.state), self.state + '/blockd').stop
             )
-        self.db = shelf().fresh()
+        self.db = (
+            shelf().fresh() if database.kind(test) == 'sqlite'
+            else database.make(test)
+        )
         self.db.clock = lambda: self.now
         self.boot(None)
 

@@ -7,6 +7,7 @@ with ``{'result'}`` or ``{'error', 'message'}``.
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -56,6 +57,8 @@ class Compute:
 
 
 def main(url: str, timeout_s: str) -> None:
+    # What the libraries say of a broker that is away is not asked for.
+    logging.getLogger().addHandler(logging.NullHandler())
     api = VolumeAPI.connect(url=url, timeout_s=float(timeout_s))
     with contextlib.closing(api):
         for line in sys.stdin:

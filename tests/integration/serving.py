@@ -12,6 +12,7 @@ from typing import Any
 
 import webob
 
+from tests import database
 from volume import conf as options
 from volume import service
 from volume.api import app
@@ -54,8 +55,10 @@ class World:
                 '[DEFAULT]\n'
                 f'enabled_backends = {names}\nstate_path = {state}\n'
                 f'host = node-1\nroles = {roles}\n'
+                f'{database.option(test, settings)}'
                 # Nothing periodic between a test's statements.
-                'stats_interval_s = 600\nsweep_interval_s = 600\n'
+                + unless(settings, 'stats_interval_s = 600')
+                + unless(settings, 'sweep_interval_s = 600') +
                 f'image_allowed_directories = {self.images}\n'
                 f'image_upload_directories = {self.images}\n'
                 f'{settings}\n'
@@ -183,6 +186,12 @@ def write_tokens(
         json.dump({'tokens': entries}, f)
     os.chmod(draft, mode)
     os.rename(draft, path)
+
+
+def unless(settings: str, default: str) -> str:
+    """Return a line of the configuration that no test has of its own."""
+    name = default.split(' ')[0]
+    return '' if name in settings else f'{default}\n'
 
 
 def until(

@@ -48,7 +48,7 @@ class Cinderclient(unittest.TestCase):
     def setUp(self):
         self.world = serving.World(self, roles=ROLES, snapshots=True)
         self.asked = Asked(self)
-        self.client = self.connect('3.54')
+        self.client = self.connect('3.59')
 
     def connect(self, version):
         plugin = noauth.CinderNoAuthPlugin(
@@ -67,14 +67,14 @@ class Cinderclient(unittest.TestCase):
     def test_it_starts_by_asking_for_the_versions(self):
         url = f'{self.world.service.address}/v3/'
         self.assertEqual(
-            ('3.0', '3.54'),
+            ('3.0', '3.59'),
             tuple(v.get_string() for v in cinder.get_server_version(url)),
         )
         newest = self.connect('3.71')
         found = api_versions.discover_version(
-            newest, api_versions.APIVersion('3.54')
+            newest, api_versions.APIVersion('3.59')
         )
-        self.assertEqual('3.54', found.get_string())
+        self.assertEqual('3.59', found.get_string())
         self.assertEqual(['GET / 300', 'GET / 300'], self.asked.calls)
 
     def test_volumes_and_snapshots_live_and_end(self):
@@ -91,6 +91,12 @@ class Cinderclient(unittest.TestCase):
         volumes.set_metadata(volume, {'c': 'd'})
         volumes.delete_metadata(volume, ['a'])
         self.assertEqual({'c': 'd'}, volumes.get(volume.id).metadata)
+        volumes.set_image_metadata(volume, {'hw_disk_bus': 'virtio', 'x': '1'})
+        volumes.delete_image_metadata(volume, ['x'])
+        self.assertEqual(
+            {'hw_disk_bus': 'virtio'},
+            volumes.get(volume.id).volume_image_metadata,
+        )
         volumes.update(volume, name='other', description='d')
         snapshot = self.settled(
             snapshots, snapshots.create(volume.id, name='s')

@@ -74,7 +74,9 @@ class Volumes(unittest.TestCase):
     def test_a_full_pool_is_over_the_limit_and_says_why(self):
         asked = self.create(size=9)
         self.assertEqual((413, 'overLimit'), (asked.status, asked.fault))
-        self.assertEqual('no pool fits: capacity -1', asked.message)
+        self.assertEqual(
+            'no pool fits: capacity -1; see "volume pools"', asked.message
+        )
         self.assertEqual('0', asked.headers['Retry-After'])
         listed = self.ask('GET', '/v3/volumes').json['volumes']
         self.assertEqual([], listed)
@@ -85,7 +87,9 @@ class Volumes(unittest.TestCase):
         }).status)
         self.assertEqual(202, self.create(hints={'tags': 'ssd,local'}).status)
         asked = self.create(hints={'tags': ['tape']})
-        self.assertEqual('no pool fits: tags -1', asked.message)
+        self.assertEqual(
+            'no pool fits: tags -1; see "volume pools"', asked.message
+        )
         asked = self.create(hints={'different_host': [ids.new()]})
         self.assertEqual(400, asked.status)
         self.assertIn('different_host', asked.message)
@@ -213,8 +217,25 @@ class Volumes(unittest.TestCase):
         self.assertEqual('available', row['status'], row['reason'])
         self.assertEqual('true', row['bootable'])
         self.assertEqual('raw', row['volume_image_metadata']['disk_format'])
-        target = os.path.join(self.world.images, 'target.raw')
         path = f'/v3/volumes/{row["id"]}/action'
+        for key, code in (('disk_format', 200), ('disk_format', 404)):
+            asked = self.ask('POST', path, {
+                'os-unset_image_metadata': {'key': key},
+            })
+            self.assertEqual(code, asked.status, asked.text)
+        asked = self.ask('POST', path, {
+            'os-set_image_metadata': {'metadata': {'image_name': 'mine'}},
+        })
+        self.assertEqual(
+            {'image_name': 'mine', 'container_format': 'bare'},
+            {key: said for key, said in asked.json['metadata'].items()
+             if key in ('image_name', 'container_format', 'disk_format')},
+        )
+        asked = self.ask('POST', path, {
+            'os-set_image_metadata': {'metadata': {'image_name': None}},
+        })
+        self.assertEqual(400, asked.status)
+        target = os.path.join(self.world.images, 'target.raw')
         asked = self.ask('POST', path, {'os-volume_upload_image': {
             'image_name': f'file://{target}', 'disk_format': 'raw',
             'container_format': 'bare', 'force': False,

@@ -172,6 +172,12 @@ class Volumes(commands.Cli):
         )
         self.assertEqual(['local', 'ssd'], backends['fast']['tags'])
         self.assertIn('fast#pool', self.volume('pools').stdout)
+        self.assertEqual(
+            [('node-1', '', 'up'), ('node-1', 'broken', 'down'),
+             ('node-1', 'fast', 'up'), ('node-1', 'layers', 'up')],
+            [(each['host'], each['backend'], each['state'])
+             for each in self.json('services')],
+        )
         done = self.volume('status', code=1)
         self.assertIn('backend broken is down: ', done.stderr)
         self.assertIn('volumes', self.json('limits'))
@@ -184,6 +190,7 @@ class Volumes(commands.Cli):
             *self.json('show', made['id'])['attachments'],
             *self.json('attachments'), *self.json('jobs'),
             *self.json('backends'), *self.json('pools'),
+            *self.json('services'),
             self.json('limits'),
         ]
         text = (

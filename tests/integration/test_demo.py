@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo as a person calls it, on a small image."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import unittest
+
+from tests.leftovers import processes
+from tests.leftovers import users
 
 TOP = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 DEMO = os.path.join(TOP, 'tools', 'demo.py')
@@ -102,23 +104,3 @@ def service_of(demo_pid):
 def parent_of(pid):
     with open(f'/proc/{pid}/stat', 'rb') as f:
         return int(f.read().rpartition(b')')[2].split()[1])
-
-
-def processes():
-    """Yield the pid and the command line of each process."""
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        with contextlib.suppress(OSError):
-            with open(f'/proc/{pid}/cmdline', 'rb') as f:
-                yield pid, f.read().replace(b'\0', b' ').decode()
-
-
-def users(directory):
-    """Yield processes that name the directory, or have it open."""
-    for pid, name in processes():
-        names = [name]
-        with contextlib.suppress(OSError):
-            for fd in os.listdir(f'/proc/{pid}/fd'):
-                with contextlib.suppress(FileNotFoundError):
-                    names.append(os.readlink(f'/proc/{pid}/fd/{fd}'))
-        if any(directory in name for name in names):
-            yield pid, name

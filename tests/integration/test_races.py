@@ -180,7 +180,7 @@ class Races(RaceCase):
             self.core, CALLER, volume_id, {'host': 'compute-1'}
         )] * THREADS)
         self.assertEqual([], self.refusals(results))
-        self.assertEqual(1, len({str(each) for each in results}))
+        self.assertEqual(1, len({str(each) for each in results}), results)
         self.assertEqual(1, self.count('attach'))
         self.race(*[lambda: attachments.disconnect(
             self.core, CALLER, volume_id, {'host': 'compute-1'}

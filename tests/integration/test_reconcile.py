@@ -3,12 +3,12 @@
 
 import json
 import os
-import sqlite3
 import subprocess
 import time
 import unittest
 import uuid
 
+from tests import database
 from tests.process import ServiceProcess
 
 SECTION = '[b]\ndriver = qcow\ndirectories = {root}/pool\n'
@@ -52,10 +52,8 @@ class Reconcile(unittest.TestCase):
             for row in json.loads(done.stdout)
         }
 
-    def sql(self, statement, *values):
-        path = os.path.join(self.service.state, 'volume.sqlite')
-        with sqlite3.connect(path) as db:
-            db.execute(statement, values)
+    def sql(self, statement, **values):
+        self.service.sql(statement, **values)
 
     def test_nothing_differs_while_the_service_runs(self):
         volume = self.make()
@@ -71,9 +69,7 @@ class Reconcile(unittest.TestCase):
         volume = self.make(name='precious')
         snapshot = self.snap(volume)
         self.service.stop()
-        for name in os.listdir(self.service.state):
-            if name.startswith('volume.sqlite'):
-                os.unlink(os.path.join(self.service.state, name))
+        database.lose(self.service.database_url)
         self.service.start()
         self.assertEqual({}, self.service.volumes())
         self.service.stop()
@@ -97,7 +93,7 @@ class Reconcile(unittest.TestCase):
     def test_a_volume_without_a_row_is_not_taken_for_a_new_one(self):
         volume = self.make(name='precious')
         self.service.stop()
-        self.sql('DELETE FROM volumes WHERE id = ?', volume)
+        self.sql('DELETE FROM volumes WHERE id = :id', id=volume)
         self.findings()  # sums the claims again
         self.service.start()
         self.service.call('POST', '/volumes', {
@@ -131,7 +127,7 @@ class Reconcile(unittest.TestCase):
     def test_orphans_are_deleted_only_by_their_own_flag(self):
         volume = self.make()
         self.service.stop()
-        self.sql('DELETE FROM volumes WHERE id = ?', volume)
+        self.sql('DELETE FROM volumes WHERE id = :id', id=volume)
         self.assertIn(('orphan', volume), self.findings())
         self.assertIn(('orphan', volume), self.findings('--dry-run'))
         self.findings('--delete-orphans')

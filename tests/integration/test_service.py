@@ -4,7 +4,6 @@
 import contextlib
 import os
 import signal
-import sqlite3
 import subprocess
 import time
 import unittest
@@ -63,11 +62,7 @@ class ServiceCase(unittest.TestCase):
 
     def ask(self, service, statement):
         """Ask the database beside the service."""
-        path = os.path.join(service.state, 'volume.sqlite')
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            rows = connection.execute(statement).fetchall()
-            connection.commit()
-            return rows
+        return service.sql(statement)
 
     def backends(self, service):
         found = service.call('GET', '/os-volume-backends')['backends']
@@ -100,6 +95,7 @@ class Starts(ServiceCase):
         service = self.started()
         service.stop()
         self.ask(service, "UPDATE alembic_version SET version_num = '9999'")
+        self.ask(service, "UPDATE compatibility SET oldest = '9999'")
         self.assertIn('newer', self.refusal(service))
         self.assertEqual(
             [('9999',)], self.ask(service, 'SELECT * FROM alembic_version')

@@ -6,6 +6,7 @@ import unittest
 
 from tests import database
 from tests.database import GIB
+from volume import errors
 from volume import model
 from volume import placement
 from volume import report
@@ -120,14 +121,11 @@ class Conf:
         vars(self).update(values)
 
 
-class Reports(unittest.TestCase):
-    """What a manager reports never changes what was promised."""
+class Reporting(unittest.TestCase):
+    """What the tests of reports share."""
 
     def setUp(self):
         self.db = database.make(self)
-
-    def report(self, *pools, name='b', is_up=True, **conf):
-        self.report_all([self.backend(name, pools, is_up, **conf)])
 
     def backend(self, name, pools, is_up=True, **conf):
         return Backend(
@@ -135,13 +133,18 @@ class Reports(unittest.TestCase):
             {each.name: each for each in pools},
         )
 
-    def report_all(self, backends, host='node-1'):
-        self.db.write(
-            lambda s: report.report(s, backends, host, database.NOW)
-        )
+    def report_all(self, backends, host='node-1', now=database.NOW):
+        self.db.write(lambda s: report.report(s, backends, host, now))
 
     def pool(self, name='pool', key='b'):
         return database.get(self.db, models.Pool, (key, name))
+
+
+class Reports(Reporting):
+    """What a manager reports never changes what was promised."""
+
+    def report(self, *pools, name='b', is_up=True, **conf):
+        self.report_all([self.backend(name, pools, is_up, **conf)])
 
     def test_the_limit_is_total_times_oversubscription_less_the_reserve(self):
         seen = model.Pool('pool', 100 * GIB, 50 * GIB, thin=True)
@@ -231,3 +234,70 @@ class Reports(unittest.TestCase):
         self.assertEqual(
             {'node-1/1': 0, 'node-1/2': 0, 'node-1/3': 5 * GIB}, devices()
         )
+
+
+class SeveralManagers(Reporting):
+    """A backend is up while one of its managers says so."""
+
+    def setUp(self):
+        super().setUp()
+        for host in 'node-1', 'node-2':
+            database.add(self.db, models.Service(
+                host=host, owner=host, roles=[], started_at=database.NOW,
+                heard_at=database.NOW,
+            ))
+        self.seen = [model.Pool('pool', GIB, GIB, thin=True)]
+
+    def say(self, host, is_up=True, now=database.NOW):
+        def hear(session):
+            session.get(models.Service, host).heard_at = now
+
+        self.db.write(hear)
+        self.report_all([self.backend('b', self.seen, is_up)], host, now)
+
+    def row(self):
+        found = database.get(self.db, models.Backend, 'b')
+        return found.host, found.is_up, found.updated_at - database.NOW
+
+    def test_one_that_is_down_takes_down_nobody_elses(self):
+        self.say('node-1')
+        self.say('node-2', is_up=False)
+        self.assertEqual(('node-1', True, 0), self.row())
+        self.assertTrue(self.pool().is_up)
+        self.say('node-1', is_up=False)
+        self.assertEqual(('node-1', False, 0), self.row())
+
+    def test_another_that_is_up_comes_in_for_one_that_is_down(self):
+        self.say('node-1')
+        self.say('node-2')
+        self.assertEqual('node-1', self.row()[0])
+        self.say('node-1', is_up=False)
+        self.assertTrue(self.row()[1])
+        self.say('node-2')
+        self.assertEqual(('node-2', True, 0), self.row())
+
+    def test_another_comes_in_for_one_that_is_silent_before_it_is_missed(
+        self,
+    ):
+        self.say('node-1')
+        self.say('node-2', now=database.NOW + 29)
+        self.assertEqual(('node-1', True, 0), self.row())
+        self.say('node-2', now=database.NOW + 31)
+        self.assertEqual(('node-2', True, 31), self.row())
+
+    def test_one_that_leaves_it_out_leaves_it_to_the_other(self):
+        self.say('node-1')
+        self.say('node-2')
+        self.report_all([], 'node-1')
+        self.assertTrue(self.row()[1])
+
+    def test_a_backend_that_nobody_reports_is_not_chosen(self):
+        self.say('node-1')
+        for after_s, is_heard in (0, True), (0.5, False):
+            found = self.db.read(lambda s, after_s=after_s: claims.candidates(
+                s, database.NOW + after_s
+            ))
+            self.assertEqual([is_heard], [each.is_heard for each in found])
+        wish = placement.Wish(size_bytes=GIB)
+        with self.assertRaisesRegex(errors.NoSpace, 'silent -1'):
+            placement.choose(found, wish)

@@ -86,6 +86,46 @@ class Options(unittest.TestCase):
                     text.split()[0], self.refusal(f'[api]\n{text}\n')
                 )
 
+    def test_a_section_that_stands_twice_is_refused_with_both_lines(self):
+        said = self.refusal(
+            '[DEFAULT]\nenabled_backends = b\n[b]\ndriver = file\n'
+            'directories = /one\n[b]\ndirectories = /two\n'
+        )
+        self.assertIn('volume.conf:6: section [b] stands in line 3', said)
+
+    def test_an_option_that_stands_twice_is_refused(self):
+        for text, word in (
+            ('[b]\ndirectories = /one\n# another\ndirectories = /two\n',
+             'option directories of section [b] stands in line 5'),
+            ('[api]\nport = 1\nport = 2\n', 'option port of section [api]'),
+        ):
+            with self.subTest(word):
+                self.assertIn(word, self.refusal(
+                    f'[DEFAULT]\nenabled_backends = b\n\n{text}'
+                    if '[b]' in text else text
+                ))
+        self.assertIn('option lease-s', self.refusal(
+            '[DEFAULT]\nlease_s = 1\nlease-s = 2\n'))
+
+    def test_what_other_packages_may_repeat_is_left_to_them(self):
+        self.load(
+            '[oslo_messaging_notifications]\ndriver = log\ndriver = noop\n'
+            '[b]\ndirectories = /one,\n  /two\n'
+        )
+
+    def test_every_value_is_read_before_it_is_needed(self):
+        path = os.path.join(fixtures.state_dir(self), 'volume.conf')
+        for text in (
+            '[DEFAULT]\nlease_s = soon\n', '[api]\nthreads = many\n',
+            '[DEFAULT]\nimage_http_attempts = -1\n', '[api\nport = 1\n',
+            'no assignment\n',
+        ):
+            with open(path, 'w') as f:
+                f.write(text)
+            with self.subTest(text), self.assertRaises(cfg.Error) as wrong:
+                options.load([], [path])
+            self.assertIn(path, str(wrong.exception))
+
     def test_a_file_that_is_not_there_is_refused(self):
         with contextlib.redirect_stderr(io.StringIO()):
             with self.assertRaises((SystemExit, cfg.Error)):

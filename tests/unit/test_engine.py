@@ -14,6 +14,7 @@ from sqlalchemy import update
 
 from tests import database
 from volume import errors
+from volume.db import dialects
 from volume.db import engine
 from volume.db import models
 from volume.db.engine import Database
@@ -28,6 +29,7 @@ def failure(original, invalidated=False):
     )
 
 
+@database.on_all
 class Engine(unittest.TestCase):
     def setUp(self):
         self.db = database.make(self)
@@ -42,15 +44,6 @@ class Engine(unittest.TestCase):
             update(models.Volume).where(models.Volume.id == self.row.id)
             .values(size_bytes=models.Volume.size_bytes + 1)
         )
-
-    def other(self):
-        """Return another process's connection, as far as SQLite knows."""
-        path = self.db.url.removeprefix('sqlite:///')
-        connection = sqlite3.connect(
-            path, isolation_level=None, check_same_thread=False
-        )
-        self.addCleanup(connection.close)
-        return connection
 
     def test_a_lost_race_runs_the_whole_transaction_again(self):
         runs = []
@@ -113,20 +106,34 @@ class Engine(unittest.TestCase):
         self.assertNotIn('hunter2', str(caught.exception))
 
     def test_what_is_lost_on_each_database_is_known(self):
-        for code in '40001', '40P01':
+        for code in '40001', '40P01', '55P03':
             original = Exception()
             original.pgcode = code
-            self.assertTrue(engine.is_transient(failure(original)), code)
-            original = Exception()
-            original.sqlstate = code
-            self.assertTrue(engine.is_transient(failure(original)), code)
-        for code in 1205, 1213:
-            self.assertTrue(engine.is_transient(failure(Exception(code))))
-        self.assertTrue(engine.is_transient(failure(Exception(), True)))
-        self.assertFalse(engine.is_transient(failure(Exception(1064))))
-        self.assertFalse(engine.is_transient(
+            self.assertTrue(dialects.is_race(failure(original)), code)
+        for code in 1020, 1205, 1213:
+            self.assertTrue(dialects.is_race(failure(Exception(code))))
+        for code in 1064, 2013:
+            self.assertFalse(dialects.is_race(failure(Exception(code))))
+        self.assertTrue(dialects.is_race(failure(LOCKED)))
+        self.assertFalse(dialects.is_race(
             failure(sqlite3.OperationalError('no such table: x'))
         ))
+
+    def test_a_connection_that_was_lost_is_known(self):
+        self.assertTrue(dialects.is_away(failure(Exception(), True)))
+        for code in '57P01', 2003, 2006, 2013:
+            original = Exception(code)
+            original.pgcode = code
+            self.assertTrue(dialects.is_away(failure(original)), code)
+        for wrong in LOCKED, Exception(1064), Exception('x'):
+            self.assertFalse(dialects.is_away(failure(wrong)), wrong)
+
+    def test_a_value_that_does_not_fit_is_invalid(self):
+        if self.db.is_sqlite:
+            self.skipTest('SQLite takes values of any length')
+        with self.assertRaises(errors.Invalid) as caught:
+            database.add(self.db, database.volume(name='hunter2' * 100))
+        self.assertNotIn('hunter2', str(caught.exception))
 
     def test_no_transaction_is_begun_inside_another(self):
         for outer in self.db.read, self.db.write:
@@ -179,6 +186,32 @@ class Engine(unittest.TestCase):
             self.db.write(self.bump)
         self.assertEqual([0, 0, 0], [child.wait(120) for child in children])
         self.assertEqual(200, self.size())
+
+    def test_statements_of_every_thread_are_counted(self):
+        with engine.statements(self.db.engine) as seen:
+            thread = threading.Thread(target=self.db.write, args=[self.bump])
+            thread.start()
+            thread.join()
+            self.size()
+        self.assertEqual(
+            ['UPDATE', 'SELECT'], [each.split()[0] for each in seen]
+        )
+        self.size()
+        self.assertEqual(2, len(seen))
+
+
+@database.only_sqlite
+class OnSqlite(unittest.TestCase):
+    setUp, size, bump = Engine.setUp, Engine.size, Engine.bump
+
+    def other(self):
+        """Return another process's connection, as far as SQLite knows."""
+        path = self.db.url.removeprefix('sqlite:///')
+        connection = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False
+        )
+        self.addCleanup(connection.close)
+        return connection
 
     def test_a_reader_is_not_held_up_by_a_writer(self):
         other = self.other()
@@ -245,19 +278,8 @@ class Engine(unittest.TestCase):
 
         self.assertEqual(['wal', 2, 1], self.db.read(ask))
 
-    def test_statements_of_every_thread_are_counted(self):
-        with engine.statements(self.db.engine) as seen:
-            thread = threading.Thread(target=self.db.write, args=[self.bump])
-            thread.start()
-            thread.join()
-            self.size()
-        self.assertEqual(
-            ['UPDATE', 'SELECT'], [each.split()[0] for each in seen]
-        )
-        self.size()
-        self.assertEqual(2, len(seen))
 
-
+@database.only_sqlite
 class NoDatabase(unittest.TestCase):
     def test_a_database_that_cannot_be_opened_is_unavailable(self):
         directory = fixtures.state_dir(self)

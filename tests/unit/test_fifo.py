@@ -6,6 +6,7 @@ import threading
 import time
 import unittest
 
+from volume import concurrency
 from volume.db.fifo import FifoLock
 
 
@@ -65,6 +66,9 @@ class Fifo(unittest.TestCase):
         with lock:
             pass
 
+    @unittest.skipIf(
+        concurrency.is_green(), 'a signal interrupts no greenthread'
+    )
     def test_a_waiter_that_is_interrupted_leaves_the_queue(self):
         lock, order = FifoLock(), []
         held, let_go = threading.Event(), threading.Event()

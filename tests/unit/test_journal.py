@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps in order, undone, tried again, fenced, stopped, placed anew."""
 
+import dataclasses
 import sqlite3
 
 from sqlalchemy import exc
@@ -13,6 +14,7 @@ from volume import journal
 from volume.db import jobs
 from volume.db import models
 from volume.flows import rows
+from volume.flows.image import UPLOAD
 from volume.journal import Flow
 
 
@@ -207,14 +209,14 @@ class Again(JournalCase):
         class Full(journal.Database):
             left = 1
 
-            def write(self, fn):
+            def write(self, fn, happened=None):
                 if self.left:
                     self.left -= 1
                     try:
                         return super().write(lambda s: (fn(s), 1 / 0))
                     except ZeroDivisionError:
                         raise errors.Unavailable('disk is full') from None
-                return super().write(fn)
+                return super().write(fn, happened)
 
         self.start(self.flow('ab'))
         full = Full(self.db.url, self.clock)
@@ -230,15 +232,17 @@ class Again(JournalCase):
         self.assertEqual(['a', 'a', 'b'], self.done)
 
     def test_a_commit_whose_reply_was_lost_is_not_recorded_twice(self):
-        """The engine runs again what it believes to have failed."""
+        """Whoever asks again is told that the job has moved already."""
         class Deaf(journal.Database):
-            left = 1
+            left = 2
 
-            def write(self, fn):
-                if self.left:
+            def write(self, fn, happened=None):
+                result = super().write(fn)
+                if self.left and happened is not None:
                     self.left -= 1
-                    super().write(fn)
-                return super().write(fn)
+                    if not super().read(happened):
+                        return super().write(fn)
+                return result
 
         def grow(session):
             session.execute(update(models.Volume).values(
@@ -248,20 +252,37 @@ class Again(JournalCase):
         before = database.get(
             self.db, models.Volume, self.volume.id
         ).size_bytes
-        self.start(self.flow('ab', a=grow))
+        self.start(self.flow('ab', a=grow, b=grow))
         deaf = Deaf(self.db.url, self.clock)
         self.addCleanup(deaf.close)
         job = self.job()
         job.db = deaf
-        with self.assertRaises(journal.LeaseLost):
-            journal.run(job)
-        self.assertEqual(before + 1, database.get(
+        self.assertTrue(journal.run(job))
+        self.assertEqual(0, deaf.left)
+        self.assertEqual(['a', 'b'], self.done)
+        self.assertEqual('done', self.fresh().state)
+        self.assertEqual(before + 2, database.get(
             self.db, models.Volume, self.volume.id
         ).size_bytes)
+
+    def test_a_job_waits_while_the_database_is_away(self):
+        """It is let go of, or its lease runs out: no more than that."""
+        class Away(journal.Database):
+            def write(self, fn, happened=None):
+                raise errors.Unavailable('the database does not answer')
+
+        self.start(self.flow('ab'))
+        away = Away(self.db.url, self.clock)
+        self.addCleanup(away.close)
+        job = self.job()
+        job.db = away
+        self.assertFalse(journal.run(job))
+        self.assertEqual((0, 'open'), (self.fresh().step, self.fresh().state))
+        self.assertGreaterEqual(job.row.due_at, self.clock.now + 30)
         self.clock.now += 31
         self.take('next')
         self.assertTrue(self.run_now())
-        self.assertEqual(['a', 'b'], self.done)
+        self.assertEqual(['a', 'a', 'b'], self.done)
 
     def test_a_bug_is_tried_again_and_has_an_end(self):
         self.start(self.flow('ab'), give_up_at=database.NOW + 50)
@@ -403,6 +424,21 @@ class Stops(JournalCase):
         self.cancel()
         self.run_later()
         self.assertEqual('cancelled', self.fresh().state)
+
+    def test_what_was_done_already_cannot_be_cancelled(self):
+        flow = self.flow('ab')
+        last = dataclasses.replace(flow.steps[1], is_late=True)
+        self.start(dataclasses.replace(flow, steps=(flow.steps[0], last)))
+        self.troubles['a'] = lambda job: self.cancel()
+        self.run_now()
+        self.assertEqual(['a', 'b'], self.done)
+        self.assertEqual('done', self.fresh().state)
+
+    def test_an_upload_whose_image_is_published_is_not_cancelled(self):
+        self.assertEqual(
+            [('freeze', False), ('upload', False), ('finish', True)],
+            [(step.do.__name__, step.is_late) for step in UPLOAD.steps],
+        )
 
     def test_a_stopping_service_gives_the_lease_back_between_steps(self):
         def stop(job):

@@ -68,7 +68,7 @@ class Choose(unittest.TestCase):
         ):
             with self.subTest(trace=trace, bad=bad):
                 self.assertEqual(
-                    f'no pool fits: {trace}',
+                    f'no pool fits: {trace}; see "volume pools"',
                     self.refusal([pool(**bad)], **wish),
                 )
 
@@ -89,7 +89,7 @@ class Choose(unittest.TestCase):
 
     def test_a_refusal_counts_what_each_filter_took(self):
         self.assertEqual(
-            'no pool fits: state -1, tags -3, capacity -2',
+            'no pool fits: state -1, tags -3, capacity -2; see "volume pools"',
             self.refusal(
                 [
                     pool('a', is_up=False),

@@ -11,7 +11,7 @@ from volume import errors
 from volume import ids
 from volume.drivers import qcow_layers
 from volume.drivers.qcow_pool import Layer
-from volume.drivers.qcow_pool import Tree
+from volume.drivers.qcow_tree import Tree
 
 MIB = 1 << 20
 QEMU = {'qcow2': 'qcow2', 'raw': 'raw', 'vhd': 'vpc', 'vmdk': 'vmdk'}

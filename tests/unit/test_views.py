@@ -250,7 +250,7 @@ class Versions(unittest.TestCase):
     def test_a_header_is_read_as_clients_send_it(self):
         for header, minor in (
             (None, 0), ('', 0), ('volume 3.0', 0), ('volume 3.27', 27),
-            ('Volume 3.54', 54), ('volume latest', 54),
+            ('Volume 3.54', 54), ('volume latest', 59),
             ('compute 2.1, volume 3.44', 44), ('compute 2.1', 0),
         ):
             self.assertEqual(minor, microversions.negotiate(header), header)
@@ -264,7 +264,7 @@ class Versions(unittest.TestCase):
             self.assertEqual(400, said.exception.status, header)
 
     def test_a_version_that_is_not_there_is_not_acceptable(self):
-        for header in 'volume 3.55', 'volume 2.0', 'volume 4.1':
+        for header in 'volume 3.60', 'volume 2.0', 'volume 4.1':
             with self.assertRaises(Refused) as said:
                 microversions.negotiate(header)
             self.assertEqual(406, said.exception.status, header)

@@ -115,6 +115,8 @@ class _App:
             wrong = faults.refused(failed)
             if wrong.status == 500:
                 LOG.error('%s', failed)
+            else:
+                LOG.info('refused: %s: %r', failed.kind, str(failed)[:1000])
         except Refused as failed:
             wrong = failed
         except Exception:
@@ -258,12 +260,18 @@ def _body(request: webob.Request, body_bytes_max: int) -> Any:
             415, f'unsupported Content-Type {kind!r:.80}; send '
             'application/json'
         )
-    if length:
-        raw = request.environ['wsgi.input'].read(int(length))
-    elif request.environ.get('wsgi.input_terminated'):
-        raw = request.environ['wsgi.input'].read(body_bytes_max + 1)
-    else:
-        raw = b''
+    wanted = int(length) if length else body_bytes_max + 1
+    raw = b''
+    if length or request.environ.get('wsgi.input_terminated'):
+        try:
+            raw = request.environ['wsgi.input'].read(wanted)
+        except TimeoutError:
+            raise Refused(408, 'the body did not arrive in time') from None
+        except OSError:
+            raise Refused(400, 'the body broke off on its way') from None
+    if length and len(raw) < wanted:
+        # Also where what has come looks whole: more was meant.
+        raise Refused(400, 'the body is shorter than it was said to be')
     if len(raw) > body_bytes_max:
         raise _too_large(body_bytes_max)
     return fields.parse(raw)

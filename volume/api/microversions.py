@@ -11,7 +11,7 @@ from volume.api.faults import Refused
 HEADER = 'OpenStack-API-Version'
 SERVICE = 'volume'
 MIN = 0
-MAX = 54
+MAX = 59  # 55 to 59 are about transfers, backups and groups alone
 UPDATED = '2018-11-29T00:00:00Z'
 
 _VERSION = re.compile(r'([1-9][0-9]{0,3})\.([1-9][0-9]{0,3}|0)')

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import ssl
 import stat
 import threading
+import time
 from typing import Any
 
+from cheroot import errors as cheroot_errors
+from cheroot import makefile
 from cheroot import server as http
 from cheroot import wsgi
 from cheroot.ssl import builtin
@@ -29,7 +33,7 @@ LOG = logging.getLogger(__name__)
 HEADER_BYTES_MAX = 32768
 # Longer than the application's own limit, which answers in JSON.
 BODY_BYTES_MAX = 1 << 20
-BACKLOG = 128
+BACKLOG = 512
 KEEP_ALIVE_MAX = 256
 
 
@@ -37,8 +41,9 @@ class Server:
     """One listening socket and the threads that answer.
 
     ``listen`` is an address, or ``unix:PATH``; port 0 takes a free one.
-    ``timeout_s`` bounds a silent client, ``drain_s`` what ``stop`` waits
-    for. With ``tls_client_ca`` only clients with a certificate get in.
+    ``timeout_s`` bounds a silent client, ``request_s`` one that sends its
+    request in drops, ``drain_s`` what ``stop`` waits for. With
+    ``tls_client_ca`` only clients with a certificate get in.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Server:
         tls_key: str | None = None,
         tls_client_ca: str | None = None,
         timeout_s: int = 10,
+        request_s: float = 20.0,
         drain_s: int = 60,
         socket_mode: int = 0o600,
     ) -> None:
@@ -70,6 +76,7 @@ class Server:
             shutdown_timeout=drain_s,
         )
         self._server.socket_mode = socket_mode
+        self._server.request_s = request_s
         self._server.max_request_header_size = HEADER_BYTES_MAX
         self._server.max_request_body_size = BODY_BYTES_MAX
         self._server.keep_alive_conn_limit = KEEP_ALIVE_MAX
@@ -121,12 +128,104 @@ class Server:
                 os.unlink(self._socket_path)
 
 
+class _Paced(socket.SocketIO):
+    """What a client sends; one that dribbles is as bad as a silent one."""
+
+    def __init__(self, sock: Any) -> None:
+        super().__init__(sock, 'rb')
+        self._socket = sock
+        self.deadline = math.inf
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError('timed out')  # as the socket says it
+        patience_s = self._socket.gettimeout()
+        self._socket.settimeout(min(left_s, patience_s))
+        try:
+            return super().readinto(buffer)
+        finally:
+            self._socket.settimeout(patience_s)
+
+
+class _Reader(makefile.StreamReader):
+    def __init__(self, sock: Any, buffer_bytes: int) -> None:
+        # Past cheroot's own, which makes a reader that waits for ever.
+        super(makefile.StreamReader, self).__init__(
+            _Paced(sock), buffer_bytes
+        )
+        self.bytes_read = 0
+
+
+def _file(sock: Any, mode: str, buffer_bytes: int) -> Any:
+    if mode == 'rb':
+        return _Reader(sock, buffer_bytes)
+    return makefile.StreamWriter(sock, mode, buffer_bytes)
+
+
+class _Request(http.HTTPRequest):
+    """A request whose end nobody else can see elsewhere."""
+
+    def parse_request(self) -> None:
+        try:
+            super().parse_request()
+        except ValueError:
+            self.ready = False
+            self._refuse('this is no request line')
+            return
+        length = self.inheaders.get(b'Content-Length', b'0')
+        if self.ready and not length.isdigit():
+            self._refuse('the header Content-Length is not valid')
+        elif self.ready and self.chunked_read:
+            # What is left of a body that was refused is no next request.
+            self.close_connection = True
+            if b'Content-Length' in self.inheaders:
+                self._refuse('a body has a length or comes in chunks')
+
+    def _refuse(self, why: str) -> None:
+        self.ready = False
+        self.close_connection = True
+        self.simple_response('400 Bad Request', why)
+
+
+class _Body:
+    """A body as it arrives, whose every trouble is an OSError."""
+
+    def __init__(self, request: http.HTTPRequest, stream: Any) -> None:
+        self._request = request
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        try:
+            data: bytes = self._stream.read(size)
+        except TimeoutError:
+            self._request.close_connection = True
+            raise
+        except (OSError, ValueError, cheroot_errors.MaxSizeExceeded) as broken:
+            self._request.close_connection = True
+            raise ConnectionError(str(broken)) from None
+        return data
+
+
+class _Gateway(wsgi.Gateway_10):
+    def get_environ(self) -> Any:
+        environ: Any = super().get_environ()  # type: ignore[no-untyped-call]
+        environ['wsgi.input'] = _Body(self.req, environ['wsgi.input'])
+        return environ
+
+
 class _Connection(http.HTTPConnection):
     """A connection whose TLS begins in its worker's time."""
 
+    RequestHandlerClass = _Request
+    has_spoken = False
     is_begun = False
 
+    def __init__(self, server: Any, sock: Any, *rest: Any) -> None:
+        super().__init__(server, sock, _file)
+
     def communicate(self) -> Any:
+        self.rfile.raw.deadline = time.monotonic() + self.server.request_s
         if not self.is_begun and isinstance(self.socket, ssl.SSLSocket):
             try:
                 self.socket.do_handshake()
@@ -142,6 +241,19 @@ class _Cheroot(wsgi.Server):
 
     ConnectionClass = _Connection
     socket_mode = 0o600
+    request_s = 20.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gateway = _Gateway
+
+    def process_conn(self, conn: Any) -> None:
+        if conn.has_spoken:
+            super().process_conn(conn)
+            return
+        # Whoever has said nothing yet waits with the idle, not in a thread.
+        conn.has_spoken = True
+        self.put_conn(conn)
 
     def bind_socket(  # type: ignore[override]
         self, socket_: Any, bind_addr: Any

@@ -111,8 +111,8 @@ def volume(call: Call, seen: lookup.VolumeSeen) -> JSON:
         'backend': row.backend,
         'pool': row.pool,
     }
-    if row.image:
-        shown['volume_image_metadata'] = image(row.image)
+    if about := image(row.image or {}):
+        shown['volume_image_metadata'] = about
     if call.caller.is_admin:
         shown |= {
             'os-vol-host-attr:host': place(seen.host, row.backend, row.pool),
@@ -149,9 +149,10 @@ def _attached(call: Call, row: models.Attachment) -> JSON:
 def image(about: Mapping[str, Any]) -> JSON:
     """Return what a volume was made from, without what a URL may hide.
 
-    A URL can carry a password, or a signature in its query.
+    A URL can carry a password, or a signature in its query. What clients
+    have said about it later stands above it.
     """
-    shown = {'container_format': 'bare'}
+    shown = {'container_format': 'bare'} if set(about) - {'metadata'} else {}
     if url := str(about.get('url') or ''):
         parts = urllib.parse.urlsplit(url)
         host = parts.netloc.rpartition('@')[2]
@@ -162,7 +163,8 @@ def image(about: Mapping[str, Any]) -> JSON:
     for ours, theirs in ('format', 'disk_format'), ('checksum', 'checksum'):
         if about.get(ours):
             shown[theirs] = str(about[ours])
-    return shown
+    shown.update(about.get('metadata', {}))
+    return {key: said for key, said in shown.items() if said is not None}
 
 
 def place(host: str, backend: str, pool: str) -> str | None:

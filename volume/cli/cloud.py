@@ -30,6 +30,11 @@ def add(verbs: Verbs) -> None:
         'promised, and can do',
         'volume pools',
     )
+    parser.verb(
+        verbs, 'services', show_services, 'list the processes that serve, '
+        'and when they were last heard of (administrators only)',
+        'volume services',
+    )
     _add_jobs(verbs)
     parser.verb(
         verbs, 'limits', show_limits, 'show how much the project uses',
@@ -93,6 +98,12 @@ def show_backends(session: Session, args: argparse.Namespace) -> None:
 
 def show_pools(session: Session, args: argparse.Namespace) -> None:
     show.many(_pools(session), show.POOLS, session.format)
+
+
+def show_services(session: Session, args: argparse.Namespace) -> None:
+    asked = session.client.get('/os-services')['services']
+    show.many([show.service(each) for each in asked], show.SERVICES,
+              session.format)
 
 
 def show_jobs(session: Session, args: argparse.Namespace) -> None:

@@ -16,12 +16,13 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy
 from oslo_config import cfg
-from sqlalchemy import func
+from sqlalchemy import exists
+from sqlalchemy import or_
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -33,6 +34,7 @@ from volume import logs
 from volume import reconcile
 from volume import report
 from volume.blockd import Blockd
+from volume.cli import manage_status
 from volume.db import history
 from volume.db import migrate
 from volume.db import models
@@ -53,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except errors.VolumeError as wrong:
         print(f'volume-manage: {wrong}', file=sys.stderr)
-    except (cfg.Error, sqlalchemy.exc.SQLAlchemyError) as wrong:
+    except (cfg.Error, sqlalchemy.exc.SQLAlchemyError, OSError) as wrong:
+        if isinstance(wrong, BrokenPipeError):
+            # Whoever read us has seen enough (head, less).
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         print(f'volume-manage: {wrong!s:.500}', file=sys.stderr)
     return 1
 
@@ -61,19 +67,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def db_command(args: Args) -> int:
     """Upgrade, downgrade or copy the database, or say its version."""
     conf = _conf(args)
-    db = Database(options.database_url(conf))
+    if args.action in ('upgrade', 'downgrade'):
+        db = Database(options.database_url(conf))
+    else:
+        db = _database(conf)
     if args.action == 'version':
         print(f'database {migrate.current(db)}, release {migrate.newest()}')
         return 0
     if args.action == 'backup':
         return _backup(db, args.target)
-    with _service_down(conf):
-        if args.action == 'upgrade':
-            migrate.upgrade(db, args.version or 'head')
-        else:
-            if not args.version:
-                raise errors.Invalid('downgrade needs --to VERSION')
+    if args.action == 'downgrade' and not args.version:
+        raise errors.Invalid('downgrade needs --to VERSION')
+    with contextlib.ExitStack() as stack:
+        if args.action == 'downgrade':
+            stack.enter_context(_all_services_down(conf, db))
             migrate.downgrade(db, args.version)
+        else:
+            # Services of the release before work on while a migration only
+            # adds; see volume/db/migrate.py.
+            if migrate.is_breaking(db, args.version):
+                stack.enter_context(_all_services_down(conf, db))
+            migrate.upgrade(db, args.version or 'head')
     print(f'database {migrate.current(db)}')
     return 0
 
@@ -113,19 +127,19 @@ def check_command(args: Args) -> int:
 def reconcile_command(args: Args) -> int:
     """Compare rows, storage and exports; mend what was asked for."""
     conf = _conf(args)
-    db = Database(options.database_url(conf))
-    migrate.require(db)
+    db = _ready(conf)
     table = _load(conf)
     for backend in table.values():
         backend.check()
     with contextlib.ExitStack() as stack:
         if not args.dry_run:
             stack.enter_context(_service_down(conf))
+            _need_others_down(db, conf, table)
             # A database that was rebuilt has no pools to add claims to.
             db.write(lambda session: report.report(
                 session, list(table.values()), conf.host, db.clock()
             ))
-        findings = reconcile.look(db, table)
+        findings = reconcile.look(db, table, conf.host)
         mended = [] if args.dry_run else reconcile.mend(
             db, table, findings, adopt=args.adopt,
             delete_orphans=args.delete_orphans,
@@ -148,8 +162,7 @@ def reconcile_command(args: Args) -> int:
 
 def jobs_command(args: Args) -> int:
     """List open jobs, oldest first; with --all the ended ones too."""
-    db = Database(options.database_url(_conf(args)))
-    migrate.require(db)
+    db = _ready(_conf(args))
     query = select(models.Job).order_by(models.Job.created_at).limit(1000)
     if not args.all:
         query = query.where(models.Job.state == 'open')
@@ -169,64 +182,42 @@ def jobs_command(args: Args) -> int:
 
 
 def status_command(args: Args) -> int:
-    """Show what is going on: services, backends, pools, jobs."""
-    db = Database(options.database_url(_conf(args)))
-    migrate.require(db)
-    now = time.time()
-
-    def read(session: Session) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for service in session.scalars(select(models.Service)):
-            rows.append({
-                'what': f'service {service.host}',
-                'state': f'heard {now - service.heard_at:.0f} s ago'
-                         + (', fenced' if service.is_fenced else ''),
-                'detail': ' '.join(service.roles),
-            })
-        for backend in session.scalars(select(models.Backend)):
-            rows.append({
-                'what': f'backend {backend.name}',
-                'state': 'up' if backend.is_up else 'down',
-                'detail': backend.reason,
-            })
-        for pool in session.scalars(select(models.Pool)):
-            rows.append({
-                'what': f'pool {pool.backend}#{pool.name}',
-                'state': 'up' if pool.is_up else 'down',
-                'detail': f'{pool.claimed_bytes} of {pool.limit_bytes} bytes '
-                          f'claimed, {pool.free_bytes} free',
-            })
-        count, oldest = session.execute(
-            select(func.count(), func.min(models.Job.created_at))
-            .where(models.Job.state == 'open')
-        ).one()
-        rows.append({
-            'what': 'jobs', 'state': f'{count} open',
-            'detail': f'oldest {now - oldest:.0f} s' if oldest else '',
-        })
-        return rows
-
-    _show(db.read(read), args)
-    return 0
+    """Show what is going on; exit with 1 if something needs a look."""
+    conf = _conf(args)
+    return manage_status.run(_ready(conf), conf, args)
 
 
 def node_command(args: Args) -> int:
     """Let another node's jobs be taken over: its operator swears it is dead.
 
     A lease fences rows; nothing here can prove that a silent node does not
-    still write to shared storage.
+    still write to shared storage. Who fences a node says: neither its
+    service, nor a process that it has started, nor its storage daemon
+    writes, or will before the service is started anew. So what is attached
+    there is exported by another node, and hosts have to connect again.
     """
-    db = Database(options.database_url(_conf(args)))
-    migrate.require(db)
+    conf = _conf(args)
+    db = _ready(conf)
 
     def fence(session: Session) -> bool:
         row = session.get(models.Service, args.node)
+        if row is None and args.action == 'fence' and _has_work(
+            session, args.node
+        ):
+            # It was stopped in good order, and what it exported was not.
+            row = models.Service(
+                host=args.node, owner='', roles=[], started_at=0.0,
+                heard_at=0.0,
+            )
+            session.add(row)
         if row is None:
             return False
-        if time.time() - row.heard_at < 30 and args.action == 'fence':
+        if args.action == 'fence' and (
+            db.clock() - row.heard_at < conf.lease_s
+        ):
             raise errors.Busy(
-                f'node {args.node} was heard of less than 30 s ago; stop it '
-                'first'
+                f'node {args.node} was heard of less than {conf.lease_s:g} s '
+                'ago; stop it first'
             )
         row.is_fenced = args.action == 'fence'
         return True
@@ -235,6 +226,17 @@ def node_command(args: Args) -> int:
         raise errors.NotFound(f'there is no node {args.node}')
     print(f'node {args.node}: {args.action}d')
     return 0
+
+
+def _has_work(session: Session, node: str) -> bool:
+    """Say whether a job or an attachment names a node."""
+    jobs, attachments = models.Job, models.Attachment
+    return bool(session.scalar(select(or_(
+        exists().where(jobs.state == 'open', or_(
+            jobs.node == node, jobs.owner_host == node
+        )),
+        exists().where(attachments.node == node),
+    ))))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,10 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--state-path', metavar='DIR', help='overrides the option state_path'
     )
-    parser.add_argument(
-        '--format', choices=['table', 'json'], default='table',
-        help='how results are printed',
-    )
+    _add_format(parser, 'table')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
     def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
@@ -260,6 +259,8 @@ def _parser() -> argparse.ArgumentParser:
             name, help=help, description=run.__doc__
         )
         command.set_defaults(run=run)
+        # It may stand before the command as well as behind it.
+        _add_format(command, argparse.SUPPRESS)
         return command
 
     db = add('db', db_command, 'upgrade, downgrade, version, backup')
@@ -287,21 +288,57 @@ def _parser() -> argparse.ArgumentParser:
     )
     jobs = add('jobs', jobs_command, 'list open jobs')
     jobs.add_argument('--all', action='store_true', help='ended ones too')
-    add('status', status_command, 'show what is going on')
+    status = add('status', status_command, 'show what is going on')
+    status.add_argument(
+        '--all', action='store_true', help='leave nothing out of the lists'
+    )
     node = add('node', node_command, 'fence a dead node')
     node.add_argument('action', choices=['fence', 'unfence'])
     node.add_argument('node')
     return parser
 
 
+def _add_format(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        '--format', choices=['table', 'json'], default=default,
+        help='how results are printed',
+    )
+
+
 def _conf(args: Args) -> cfg.ConfigOpts:
     argv = ['--state_path', args.state_path] if args.state_path else []
-    return options.load(argv, args.config_file)
+    conf = options.load(argv, args.config_file)
+    locks.check_owner(conf.state_path)
+    return conf
+
+
+def _database(conf: cfg.ConfigOpts) -> Database:
+    """Return the database, and make none where there is none.
+
+    :raises NotFound: there is none, or an empty one
+    """
+    url = options.database_url(conf)
+    name = manage_status.name(url)
+    path = sqlalchemy.make_url(url).database or ''
+    if url.startswith('sqlite') and not os.path.exists(path):
+        raise errors.NotFound(
+            f'there is no database {name}: start volume-service, which makes '
+            'it, or run volume-manage db upgrade; or are state_path and '
+            'database others?'
+        )
+    return Database(url)
+
+
+def _ready(conf: cfg.ConfigOpts) -> Database:
+    """Return the database, of the version that this release is for."""
+    db = _database(conf)
+    migrate.require(db)
+    return db
 
 
 def _load(conf: cfg.ConfigOpts) -> dict[str, backends.Backend]:
     state = os.path.abspath(conf.state_path)
-    node = Node(state)
+    node = Node(state, os.path.abspath(conf.lock_path))
     node.blockd = Blockd(
         node, os.path.join(state, 'blockd'), tcp=conf.nbd_listen or None
     )
@@ -316,6 +353,47 @@ def _service_down(conf: cfg.ConfigOpts) -> Iterator[None]:
     with locks.alone(
         os.path.join(state, 'service.lock'), f'state_path {state}'
     ):
+        yield
+
+
+def _need_others_down(
+    db: Database, conf: cfg.ConfigOpts, names: Iterable[str]
+) -> None:
+    """:raises Busy: another service works on one of these backends"""
+    heard_after = db.clock() - conf.lease_s
+    for row in db.read(lambda s: list(s.scalars(
+        select(models.Service).where(
+            models.Service.host != conf.host,
+            models.Service.heard_at >= heard_after,
+        )
+    ))):
+        shared = sorted({*(row.backends or {})} & {*names})
+        if shared:
+            raise errors.Busy(
+                f'service {row.host} works on {", ".join(shared)} as well; '
+                'stop it first, or look only, with --dry-run'
+            )
+
+
+@contextlib.contextmanager
+def _all_services_down(conf: cfg.ConfigOpts, db: Database) -> Iterator[None]:
+    """Make sure that nobody works on the database meanwhile.
+
+    :raises Busy: a service does, here or on another node
+    """
+    with _service_down(conf):
+        if migrate.current(db) is not None:
+            before = db.clock() - conf.service_down_s
+            row = models.Service
+            alive = sorted(db.read(lambda s: list(s.scalars(
+                select(row.host).where(row.heard_at > before)
+            ))))
+            if alive:
+                raise errors.Busy(
+                    f'{", ".join(alive):.300} still uses this database, or '
+                    'has not ended in good order; this changes what its '
+                    'release relies on: stop it, or wait a minute'
+                )
         yield
 
 

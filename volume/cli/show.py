@@ -88,6 +88,19 @@ def job(seen: Json) -> Json:
     }
 
 
+def service(seen: Json) -> Json:
+    """Return what we say about a process, or about a backend that it has."""
+    host, _, backend = seen['host'].partition('@')
+    return {
+        'host': host,
+        'backend': backend,
+        'state': seen['state'],
+        'enabled': seen['status'] == 'enabled',
+        'heard_at': _time(seen['updated_at']),
+        'reason': seen['disabled_reason'],
+    }
+
+
 VOLUMES = (
     Column('ID', lambda v: v['id']),
     Column('NAME', lambda v: v['name']),
@@ -122,6 +135,13 @@ ATTACHMENTS = (
     Column('STATUS', lambda a: a['status']),
     Column('MODE', lambda a: a['mode']),
     Column('LOCATION', lambda a: a['location']),
+)
+SERVICES = (
+    Column('HOST', lambda s: s['host']),
+    Column('BACKEND', lambda s: s['backend']),
+    Column('STATE', lambda s: s['state']),
+    Column('HEARD', lambda s: s['heard_at']),
+    Column('REASON', lambda s: s['reason']),
 )
 BACKENDS = (
     Column('NAME', lambda b: b['name']),

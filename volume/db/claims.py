@@ -16,35 +16,41 @@ from volume import placement
 from volume.db import models
 
 
-def candidates(session: Session) -> list[placement.Candidate]:
-    """Return every pool, ready to choose from."""
-    rows = session.execute(
-        select(models.Pool, models.Backend).join(
-            models.Backend, models.Backend.name == models.Pool.backend
-        )
+def candidates(
+    session: Session, heard_after: float = 0.0
+) -> list[placement.Candidate]:
+    """Return every pool, ready to choose from.
+
+    One whose backend nobody has reported since ``heard_after`` is silent.
+    """
+    pools, backends = models.Pool, models.Backend
+    # Columns, not rows: it is asked of every pool for every new volume.
+    found = session.execute(
+        select(
+            pools.backend, pools.name, pools.is_up & backends.is_up,
+            backends.updated_at >= heard_after, backends.enabled,
+            backends.tags, pools.features, backends.projects,
+            backends.cluster, backends.role, backends.cost,
+            pools.limit_bytes - pools.claimed_bytes - pools.hidden_bytes,
+            pools.free_bytes, pools.max_volume_bytes,
+            pools.granularity_bytes, pools.thin, pools.device,
+        ).join(backends, backends.name == pools.backend)
     )
     return [
         placement.Candidate(
-            backend=pool.backend,
-            name=pool.name,
-            is_up=pool.is_up and backend.is_up,
-            enabled=backend.enabled,
-            tags=frozenset(backend.tags),
-            features=frozenset(pool.features),
-            projects=frozenset(backend.projects),
-            cluster=backend.cluster,
-            role=backend.role,
-            cost=backend.cost,
-            unclaimed_bytes=(
-                pool.limit_bytes - pool.claimed_bytes - pool.hidden_bytes
-            ),
-            free_bytes=pool.free_bytes,
-            max_volume_bytes=pool.max_volume_bytes,
-            granularity_bytes=pool.granularity_bytes,
-            thin=pool.thin,
-            device=pool.device,
+            backend=backend, name=name, is_up=is_up, is_heard=is_heard,
+            enabled=enabled, tags=frozenset(tags),
+            features=frozenset(features), projects=frozenset(projects),
+            cluster=cluster, role=role, cost=cost,
+            unclaimed_bytes=unclaimed_bytes, free_bytes=free_bytes,
+            max_volume_bytes=max_volume_bytes,
+            granularity_bytes=granularity_bytes, thin=thin, device=device,
         )
-        for pool, backend in rows
+        for (
+            backend, name, is_up, is_heard, enabled, tags, features,
+            projects, cluster, role, cost, unclaimed_bytes, free_bytes,
+            max_volume_bytes, granularity_bytes, thin, device,
+        ) in found
     ]
 
 

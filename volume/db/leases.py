@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy import ColumnElement
 from sqlalchemy import exists
 from sqlalchemy import or_
+from sqlalchemy import select
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
@@ -49,6 +50,31 @@ def take(
         .execution_options(synchronize_session=False)
     )
     return bool(done.rowcount)  # type: ignore[attr-defined]
+
+
+def take_many(
+    session: Session,
+    table: Leased,
+    row_ids: Collection[str],
+    job_id: str,
+    statuses: Collection[str],
+) -> None:
+    """Take those rows for one job alone that can be taken as by ``take``.
+
+    Which they are, their ``lease_job`` says.
+    """
+    session.execute(
+        update(table)
+        .where(
+            table.id.in_(row_ids),
+            table.status.in_(statuses),
+            table.deleted_at.is_(None),
+            _free(table),
+            table.lease_shared == 0,
+        )
+        .values(lease_job=job_id)
+        .execution_options(synchronize_session=False)
+    )
 
 
 def share(
@@ -122,3 +148,22 @@ def _free(table: Leased) -> ColumnElement[bool]:
             models.Job.id == table.lease_job, models.Job.state == 'open'
         ),
     )
+
+
+def gone(session: Session, ids: Collection[str]) -> set[str]:
+    """Return those ids of volumes, snapshots and uploads that are over.
+
+    What this database does not know at all is none of them: it may be
+    another's.
+    """
+    over: set[str] = set()
+    for table in models.Volume, models.Snapshot:
+        over.update(session.scalars(select(table.id).where(
+            table.id.in_(ids), table.deleted_at.is_not(None)
+        )))
+    # The moment that an upload keeps has the id of its job.
+    over.update(session.scalars(select(models.Job.id).where(
+        models.Job.id.in_(ids), models.Job.kind == 'upload',
+        models.Job.state != 'open',
+    )))
+    return over

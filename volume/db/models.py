@@ -18,6 +18,7 @@ from sqlalchemy import JSON
 from sqlalchemy import MetaData
 from sqlalchemy import String
 from sqlalchemy import Text
+from sqlalchemy.dialects.mysql import MEDIUMTEXT
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.orm import Mapped
 from sqlalchemy.orm import mapped_column
@@ -28,6 +29,10 @@ TRANSITIONAL = frozenset({
     'flattening', 'reserved',
 })
 """Statuses that something must lead out of: a job, or a host's next call."""
+
+
+# MariaDB's TEXT ends at 64 KiB, and in the middle of a sentence.
+LongText = Text().with_variant(MEDIUMTEXT(), 'mariadb')
 
 
 class Base(DeclarativeBase):
@@ -61,7 +66,7 @@ class Volume(Base):
     description: Mapped[str] = mapped_column(String(255), default='')
     meta: Mapped[dict[str, Any]] = mapped_column(default=dict)
     status: Mapped[str] = mapped_column(String(32))
-    reason: Mapped[str] = mapped_column(Text, default='')
+    reason: Mapped[str] = mapped_column(LongText, default='')
     backend: Mapped[str] = mapped_column(String(64), default='')
     pool: Mapped[str] = mapped_column(String(255), default='')
     handle: Mapped[str] = mapped_column(String(255), default='')
@@ -104,7 +109,7 @@ class Snapshot(Base):
     description: Mapped[str] = mapped_column(String(255), default='')
     meta: Mapped[dict[str, Any]] = mapped_column(default=dict)
     status: Mapped[str] = mapped_column(String(32))
-    reason: Mapped[str] = mapped_column(Text, default='')
+    reason: Mapped[str] = mapped_column(LongText, default='')
     backend: Mapped[str] = mapped_column(String(64), default='')
     pool: Mapped[str] = mapped_column(String(255), default='')
     handle: Mapped[str] = mapped_column(String(255), default='')
@@ -122,13 +127,18 @@ class Attachment(Base):
     """A host's right to a volume; gone when it has ended.
 
     Status: ``reserved`` (no connector yet), ``attaching`` (a connection is
-    being made, or was given), ``attached``, ``detaching``.
+    being made, or was given), ``attached``, ``detaching``. While it is
+    connected, ``node`` is the service whose node has the volume open; empty
+    if the storage itself lets the host in.
     """
 
     __tablename__ = 'attachments'
     __table_args__ = (
         Index(None, 'volume_id'),
         Index(None, 'backend'),
+        Index(None, 'instance_uuid'),
+        Index(None, 'created_at', 'id'),
+        Index(None, 'project_id', 'created_at', 'id'),
     )
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
@@ -143,6 +153,9 @@ class Attachment(Base):
     instance_uuid: Mapped[str | None] = mapped_column(String(36))
     mountpoint: Mapped[str | None] = mapped_column(String(255))
     mode: Mapped[str] = mapped_column(String(2), default='rw')
+    node: Mapped[str] = mapped_column(
+        String(255), default='', server_default=''
+    )
     created_at: Mapped[float]
     attached_at: Mapped[float | None]
 
@@ -158,7 +171,7 @@ class Backend(Base):
     exporter: Mapped[str] = mapped_column(String(64), default='')
     is_up: Mapped[bool] = mapped_column(default=False)
     enabled: Mapped[bool] = mapped_column(default=True)
-    reason: Mapped[str] = mapped_column(Text, default='')
+    reason: Mapped[str] = mapped_column(LongText, default='')
     tags: Mapped[list[str]] = mapped_column(default=list)
     projects: Mapped[list[str]] = mapped_column(default=list)
     cluster: Mapped[str] = mapped_column(String(255), default='')
@@ -204,7 +217,11 @@ class Device(Base):
 
 
 class Service(Base):
-    """A process that serves, and when it was last heard of."""
+    """A process that serves, and when it was last heard of.
+
+    ``domain`` is its lock domain; ``backends`` says of each that it has what
+    is wrong with it, nothing if it is up.
+    """
 
     __tablename__ = 'services'
 
@@ -214,8 +231,22 @@ class Service(Base):
     version: Mapped[str] = mapped_column(String(64), default='')
     node_id: Mapped[str] = mapped_column(String(36), default='')
     is_fenced: Mapped[bool] = mapped_column(default=False)
+    domain: Mapped[str] = mapped_column(
+        String(128), default='', server_default=''
+    )
+    backends: Mapped[dict[str, Any] | None] = mapped_column(
+        JSON(none_as_null=True)
+    )
     started_at: Mapped[float]
     heard_at: Mapped[float]
+
+
+class Compatibility(Base):
+    """One row: the oldest schema version whose code works on this one."""
+
+    __tablename__ = 'compatibility'
+
+    oldest: Mapped[str] = mapped_column(String(32), primary_key=True)
 
 
 class Job(Base):
@@ -224,6 +255,8 @@ class Job(Base):
     State: ``open`` until it is ``done``, ``failed`` or ``cancelled``.
     Direction: ``do``, or ``undo`` after a failure. ``step`` is the step
     that has begun; ``token`` grows with each take-over and fences rows.
+    ``node`` is the one service that may run it, if it is given: the volume
+    is open there.
     """
 
     __tablename__ = 'jobs'
@@ -231,7 +264,8 @@ class Job(Base):
         Index(None, 'state', 'due_at'),
         Index(None, 'volume_id', 'state'),
         Index(None, 'state', 'ended_at'),
-        Index(None, 'created_at'),
+        Index(None, 'created_at', 'id'),
+        Index(None, 'project_id', 'created_at', 'id'),
     )
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
@@ -248,9 +282,12 @@ class Job(Base):
     project_id: Mapped[str] = mapped_column(String(255), default='')
     request_id: Mapped[str] = mapped_column(String(64), default='')
     error_kind: Mapped[str] = mapped_column(String(32), default='')
-    error: Mapped[str] = mapped_column(Text, default='')
+    error: Mapped[str] = mapped_column(LongText, default='')
     owner: Mapped[str | None] = mapped_column(String(36))
     owner_host: Mapped[str] = mapped_column(String(255), default='')
+    node: Mapped[str] = mapped_column(
+        String(255), default='', server_default=''
+    )
     token: Mapped[int] = mapped_column(default=1)
     expires_at: Mapped[float] = mapped_column(default=0.0)
     due_at: Mapped[float]

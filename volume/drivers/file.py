@@ -443,16 +443,19 @@ class FileDriver(
     def _refuse_open(self, path: str, verb: str) -> None:
         """What a daemon or QEMU has open is never replaced or cut."""
         name = os.path.basename(path)
+        # The kernel is quicker to ask than the daemon, which has QEMU's
+        # locks on all that is open; and who was told the path may run as
+        # any user.
+        if not qemulocks.ask(self.node, path):
+            return
         if self.node.blockd and self.node.blockd.is_open(path):
             raise errors.Busy(
                 f'cannot {verb} {name} while it is attached: detach it first'
             )
-        # One that was told the path may run as any user.
-        if qemulocks.ask(self.node, path):
-            raise errors.Busy(
-                f'cannot {verb} {name} while a process of QEMU has it open: '
-                'end that first'
-            )
+        raise errors.Busy(
+            f'cannot {verb} {name} while a process of QEMU has it open: end '
+            'that first'
+        )
 
     def _refuse_snapshots(self, volume: model.Volume) -> None:
         names = self.node.list(self._directory(volume.pool))

@@ -158,7 +158,7 @@ class QcowDriver(
             # The pointer goes last: while anything is left, scan shows it.
             pool.node.unlink(_note(pool, volume))
             pool.node.unlink(pool.path(pointer))
-            pool.free(pool.tree(), active)
+            pool.release(active)
 
     def inspect(self, volume: model.Volume) -> model.Found:
         pool = self._pool(volume)
@@ -293,7 +293,7 @@ class QcowDriver(
                 pool.refuse_use(active, volume.id, 'flatten')
                 pool.keep(path)
                 pool.point(pointer, name)
-                pool.free(pool.tree(), active)
+                pool.release(active)
         return pointer
 
     # LocalDevice. Who has the path may open it at any time: until ``unmap``
@@ -371,7 +371,7 @@ class QcowDriver(
                 return pointer
             self._check_depth(pool, below, volume)
             pool.point(pointer, pool.overlay(below, header.size_bytes))
-            pool.free(pool.tree(), active)
+            pool.release(active)
         return pointer
 
     # Snapshots.
@@ -396,12 +396,12 @@ class QcowDriver(
             if layer is None:
                 pool.sweep()
                 return
-            if pool.is_top(layer):
+            if qcow_chain.is_top(pool, layer):
                 raise errors.Busy(
                     f'snapshot {snapshot.id} is being read: try again later'
                 )
             self.node.unlink(pool.path(pointer))
-            pool.free(pool.tree(), layer)
+            pool.release(layer)
 
     # Upkeep.
 
@@ -552,14 +552,14 @@ class QcowDriver(
 
     def _describe_pool(self, pool: PoolDirectory) -> model.Pool:
         with pool.lock():
-            tree = pool.tree()
+            hidden_bytes = pool.hidden_bytes()
         space = self.node.space(pool.directory)
         format_ = FORMATS[self.conf.format]
         return model.Pool(
             pool.name, space.total_bytes, space.free_bytes, thin=True,
             features=base.features(self) - format_.lacks,
             max_volume_bytes=format_.max_bytes,
-            hidden_bytes=sum(map(tree.allocated_bytes, tree.hidden())),
+            hidden_bytes=hidden_bytes,
             device=space.device,
         )
 

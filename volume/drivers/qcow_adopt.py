@@ -18,7 +18,7 @@ from volume import model
 from volume.drivers import qcow_layers
 from volume.drivers.qcow_layers import FORMATS
 from volume.drivers.qcow_pool import PoolDirectory
-from volume.drivers.qcow_pool import Tree
+from volume.drivers.qcow_tree import Tree
 from volume.node import CommandFailed
 from volume.node import Limits
 

@@ -100,7 +100,7 @@ def catch_up(pool: PoolDirectory, active: str) -> None:
     nothing else stands.
     """
     below = pool.header(active).backing
-    if below is None or not pool.is_top(below) or pool.is_top(active):
+    if below is None or not is_top(pool, below) or is_top(pool, active):
         return
     tree = pool.tree()
     if not tree.names.get(below) and tree.children[below] == {active}:
@@ -108,6 +108,14 @@ def catch_up(pool: PoolDirectory, active: str) -> None:
         pool.node.blockd.snapshot(
             pool.layer_path(below), pool.layer_path(active)
         )
+
+
+def is_top(pool: PoolDirectory, layer: str) -> bool:
+    """Say whether the block daemon exports just this layer."""
+    blockd = pool.node.blockd
+    return blockd is not None and pool.is_used(layer) and blockd.is_top(
+        blocknode(pool, pool.chain(layer), False)
+    )
 
 
 def check_depth(

@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from volume import errors
 from volume.drivers import qcow_layers
 from volume.drivers.qcow_pool import PoolDirectory
-from volume.drivers.qcow_pool import Tree
+from volume.drivers.qcow_tree import Tree
 from volume.node import CommandFailed
 
 CHILDREN_MAX = 64  # so many are made to name another layer, no more

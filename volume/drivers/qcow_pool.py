@@ -25,7 +25,6 @@ milliseconds: long work is done outside, on layers that nobody else touches.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import re
@@ -42,6 +41,8 @@ from volume.drivers import qcow_layers
 from volume.drivers.qcow_blank import Blanks
 from volume.drivers.qcow_layers import FORMATS
 from volume.drivers.qcow_layers import Header
+from volume.drivers.qcow_tree import Layer
+from volume.drivers.qcow_tree import Tree
 from volume.node import CommandFailed
 from volume.node import meaning
 from volume.node import Node
@@ -66,85 +67,16 @@ MEANING: tuple[tuple[str, type[errors.VolumeError]], ...] = (
 
 POINTERS = ('disowned', 'snapshots', 'volumes')
 DIRECTORIES = (*POINTERS, 'drafts', 'layers', 'mapped', 'merges', 'notes')
-TARGET = re.compile(r'\.\./layers/(.+)')
+TARGET = re.compile(rf'\.\./layers/({qcow_layers.NAME.pattern})')
 LOCK_FILE = '.lock'
 LOCK_S = 60.0
 DEPTH_MAX = 250  # more is a loop, or nothing that we made
 SETTLED_NS = 10 ** 9
+NOT_KNOWN: tuple[tuple[int, ...], Header | None] = ((), None)
 MERGE_END_S = 5.0
 MERGES = (['check', '-q'], ['commit', '-q'], ['rebase', '-q'])
 TRIES = 3
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Layer:
-    """A layer as its file says; without a header it is broken."""
-
-    name: str
-    header: Header | None
-    allocated_bytes: int
-    inode: int
-
-
-class Tree:
-    """All layers of a pool and what needs them, at one moment."""
-
-    def __init__(
-        self, layers: Iterable[Layer], pointers: Iterable[tuple[str, str]]
-    ) -> None:
-        self.layers = {layer.name: layer for layer in layers}
-        self.names: dict[str, set[str]] = {}
-        self.children: dict[str, set[str]] = {}
-        for pointer, name in pointers:
-            self.names.setdefault(name, set()).add(pointer)
-        for layer in self.layers.values():
-            if layer.header and layer.header.backing:
-                self.children.setdefault(layer.header.backing, set()).add(
-                    layer.name
-                )
-
-    def backing(self, name: str) -> str | None:
-        layer = self.layers.get(name)
-        return layer.header.backing if layer and layer.header else None
-
-    def size_bytes(self, name: str) -> int:
-        layer = self.layers.get(name)
-        return layer.header.size_bytes if layer and layer.header else 0
-
-    def allocated_bytes(self, name: str) -> int:
-        return self.layers[name].allocated_bytes
-
-    def chain(self, name: str | None) -> list[str]:
-        """Return the names of a layer and of all that it stands on."""
-        found: list[str] = []
-        while name and name not in found:
-            found.append(name)
-            name = self.backing(name)
-        return found
-
-    def is_needed(self, name: str) -> bool:
-        return bool(self.names.get(name) or self.children.get(name))
-
-    def hidden(self) -> list[str]:
-        """Return the layers that have no name of their own."""
-        return [name for name in self.layers if not self.names.get(name)]
-
-    def is_certain(self) -> bool:
-        """Say whether all that is needed could be read.
-
-        A layer whose header is broken may stand on any other.
-        """
-        return all(
-            layer.header or not self.is_needed(name)
-            for name, layer in self.layers.items()
-        )
-
-    def forget(self, name: str) -> None:
-        """Take a layer out of the tree."""
-        backing = self.backing(name)
-        del self.layers[name]
-        if backing:
-            self.children[backing].discard(name)
+WAITING_PART = 100  # one layer of so many may wait for a sweep
 
 
 class PoolDirectory:
@@ -164,6 +96,8 @@ class PoolDirectory:
         self._blanks = Blanks(node)
         self._mutex = threading.Lock()
         self._device: int | None = None
+        # How many layers may still be left for a sweep.
+        self._may_wait = 0
         # Headers by name, each with what the file was like when it was read.
         self._headers: dict[str, tuple[tuple[int, ...], Header]] = {}
 
@@ -298,13 +232,6 @@ class PoolDirectory:
             and self.node.blockd.is_open(self.layer_path(name))
         )
 
-    def is_top(self, name: str) -> bool:
-        """Say whether the block daemon exports just this layer."""
-        return (
-            self.node.blockd is not None and self.is_used(name)
-            and self.layer_path(name) in self.node.blockd.exports().values()
-        )
-
     def is_used(self, name: str) -> bool:
         """Say whether any QEMU has the layer open, the daemon or another."""
         path = self.layer_path(name)
@@ -318,6 +245,26 @@ class PoolDirectory:
         return self._act(
             f'probe {name}', lambda: qcow_layers.is_written(path)
         )
+
+    def hidden_bytes(self) -> int:
+        """Return what layers take up that have no name of their own.
+
+        It is asked again and again, of all layers: no header is read.
+        """
+
+        def add() -> int:
+            named = {name for _, name in self._pointers()}
+            found = 0
+            with os.scandir(self.path('layers')) as entries:
+                for entry in entries:
+                    if entry.name not in named and qcow_layers.NAME.fullmatch(
+                        entry.name
+                    ):
+                        there = entry.stat(follow_symlinks=False)
+                        found += there.st_blocks * 512
+            return found
+
+        return self._act(f'read layers {self.name}', add)
 
     # Deeds. Whoever does them holds the lock, except for ``make``.
 
@@ -386,6 +333,20 @@ class PoolDirectory:
             )
             self.sync(path)
             return self.keep(path)
+
+    def release(self, name: str) -> None:
+        """Remove a layer that has lost a name, if nothing needs it.
+
+        To know that, all layers are read. In a large pool that is done once
+        for many: what is left meanwhile, a hundredth of all layers at most,
+        goes with the next sweep.
+        """
+        if self._may_wait > 0:
+            self._may_wait -= 1
+            return
+        tree = self.tree()
+        self._may_wait = len(tree.layers) // WAITING_PART
+        self.free(tree, name)
 
     def free(self, tree: Tree, name: str | None) -> None:
         """Remove a layer that nothing needs, and then what it stood on."""
@@ -476,7 +437,7 @@ class PoolDirectory:
 
     def _target(self, pointer: str, text: str) -> str:
         match = TARGET.fullmatch(text)
-        if match is None or not qcow_layers.NAME.fullmatch(match[1]):
+        if match is None:
             raise errors.Corrupt(
                 f'{self.path(pointer)} points to {text!r:.100}, which is no '
                 'layer: put it right, or move it out of the pool'
@@ -520,31 +481,39 @@ class PoolDirectory:
         return found
 
     def _tree(self) -> Tree:
+        known, is_name = self._headers, qcow_layers.NAME.fullmatch
         layers = []
         with os.scandir(self.path('layers')) as entries:
             for entry in entries:
-                if qcow_layers.NAME.fullmatch(entry.name):
-                    layers.append(self._layer(entry))
-        present = {layer.name for layer in layers}
-        for name in self._headers.keys() - present:
-            del self._headers[name]
-        return Tree(layers, list(self._pointers()))
+                name = entry.name
+                if not is_name(name):
+                    continue
+                there = entry.stat(follow_symlinks=False)
+                state, header = known.get(name, NOT_KNOWN)
+                if state != (
+                    there.st_ino, there.st_ctime_ns, there.st_size
+                ):
+                    header = self._header_or_none(name)
+                layers.append(Layer(
+                    name, header, there.st_blocks * 512, there.st_ino
+                ))
+        for name in known.keys() - {layer.name for layer in layers}:
+            del known[name]
+        return Tree(layers, self._pointers())
 
-    def _layer(self, entry: os.DirEntry[str]) -> Layer:
-        there = entry.stat(follow_symlinks=False)
-        header = None
-        with contextlib.suppress(errors.Corrupt):
-            header = self._header(entry.name)
-        return Layer(
-            entry.name, header, there.st_blocks * 512, there.st_ino
-        )
+    def _header_or_none(self, name: str) -> Header | None:
+        try:
+            return self._header(name)
+        except errors.Corrupt:
+            return None
 
     def _pointers(self) -> Iterator[tuple[str, str]]:
         for kind in POINTERS:
-            for name in os.listdir(self.path(kind)):
-                pointer = f'{kind}/{name}'
+            directory = self.path(kind)
+            for name in os.listdir(directory):
                 if not name.endswith('.new'):
-                    text = os.readlink(self.path(pointer))
+                    pointer = f'{kind}/{name}'
+                    text = os.readlink(f'{directory}/{name}')
                     yield pointer, self._target(pointer, text)
 
     def _leftovers(self) -> list[str]:

@@ -9,16 +9,20 @@ Repeating is safe: ``export`` of what is exported is the same connection;
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from oslo_config import cfg
 
+from volume import errors
 from volume import model
 from volume.node import Node
 
 Source = model.Device | Mapping[str, Any]
 """A path with its format, or QAPI ``BlockdevOptions`` for QEMU."""
+
+Wanted = tuple[str, Source, model.Host, model.Access]
+"""What ``export`` takes."""
 
 
 class Exporter(abc.ABC):
@@ -52,6 +56,18 @@ class Exporter(abc.ABC):
 
         :raises Conflict: the attachment is exported from another source
         """
+
+    def export_many(
+        self, wanted: Sequence[Wanted]
+    ) -> dict[str, model.Connection | errors.VolumeError]:
+        """As ``export``, for many after a restart; say how each went."""
+        found: dict[str, model.Connection | errors.VolumeError] = {}
+        for each in wanted:
+            try:
+                found[each[0]] = self.export(*each)
+            except errors.VolumeError as failed:
+                found[each[0]] = failed
+        return found
 
     @abc.abstractmethod
     def unexport(self, attachment_id: str) -> None:

@@ -109,7 +109,9 @@ class LocalExporter(Exporter):
         :raises Busy: one has
         """
         name, target = os.path.basename(path), os.path.realpath(path)
-        pid = self.node.act(f'probe {name}', lambda: _opener(target))
+        pid = self.node.act(f'probe {name}', lambda: (
+            self.node.blocking(lambda: _opener(target))
+        ))
         # Of another user's process only QEMU's locks can be seen.
         if pid is None and not qemulocks.ask(self.node, target):
             return

@@ -9,7 +9,7 @@ the exporter has no options of its own.
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from volume import errors
@@ -19,6 +19,7 @@ from volume.blockd import Blockd
 from volume.blockd import PRIVATE
 from volume.exports.base import Exporter
 from volume.exports.base import Source
+from volume.exports.base import Wanted
 from volume.node import Node
 
 
@@ -48,6 +49,24 @@ class NbdExporter(Exporter):
         writable = access is model.Access.WRITE
         uri = self._blockd().export(name, _blocknode(source), writable)
         return model.Connection('nbd', _fields(uri, name, access))
+
+    def export_many(
+        self, wanted: Sequence[Wanted]
+    ) -> dict[str, model.Connection | errors.VolumeError]:
+        accesses = {
+            ids.check(name, 'attachment'): access
+            for name, _, _, access in wanted
+        }
+        uris = self._blockd().export_many([
+            (name, _blocknode(source), access is model.Access.WRITE)
+            for name, source, _, access in wanted
+        ])
+        return {
+            name: uri if isinstance(uri, errors.VolumeError) else (
+                model.Connection('nbd', _fields(uri, name, accesses[name]))
+            )
+            for name, uri in uris.items()
+        }
 
     def unexport(self, attachment_id: str) -> None:
         name = ids.check(attachment_id, 'attachment')

@@ -35,7 +35,7 @@ def measure(job: Job) -> Effect:
         if not claims.claim(session, candidate, claimed):
             raise errors.NoSpace(
                 f'pool {row.backend}#{row.pool} cannot promise {claimed} '
-                'bytes for it'
+                'bytes for it; delete something in it, or add storage'
             )
         rows.change(
             job, session, models.Volume, row.id, claimed_bytes=claimed,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import delete as sql_delete
+from sqlalchemy import select
 from sqlalchemy import update as sql_update
 from sqlalchemy.orm import Session
 
@@ -34,7 +35,7 @@ def export(job: Job) -> Effect:
     mode = job.args['mode']
     info = _export(job, attachment_id, connector, mode)
     job.answer['connection'] = info
-    row = job.volume_row()
+    row, node = job.volume_row(), _node(job)
     table = models.Attachment
 
     def effect(session: Session) -> None:
@@ -43,7 +44,7 @@ def export(job: Job) -> Effect:
                 id=attachment_id, volume_id=row.id,
                 project_id=row.project_id, backend=row.backend,
                 status='attaching', host=connector['host'],
-                connector=dict(connector), connection=info,
+                connector=dict(connector), connection=info, node=node,
                 is_connected=True, mode=mode, created_at=job.db.clock(),
             ))
             return
@@ -51,7 +52,7 @@ def export(job: Job) -> Effect:
             sql_update(table).where(table.id == attachment_id)
             .values(
                 host=connector['host'], connector=dict(connector),
-                connection=info, is_connected=True, mode=mode,
+                connection=info, is_connected=True, mode=mode, node=node,
             )
             .execution_options(synchronize_session=False)
         )
@@ -126,28 +127,110 @@ def _not_detached(job: Job, error: errors.VolumeError) -> Effect:
 
 
 def restore(job: Job) -> Effect:
-    """Export again what was exported before a restart, as it was."""
-    renewed = {}
-    for attachment_id, connector, mode in job.args['attachments']:
-        renewed[attachment_id] = _export(job, attachment_id, connector, mode)
-    table = models.Attachment
+    """Export again what was exported before a restart, as it was.
+
+    Of many volumes at once; those that cannot be do not stop the others.
+    """
+    wanted = _wanted(job)
+    renewed, failures = _export_many(job, wanted)
+    if failures and not renewed:
+        raise next(iter(failures.values()))
+    table, node = models.Attachment, _node(job)
 
     def effect(session: Session) -> None:
-        for attachment_id, info in renewed.items():
-            session.execute(
-                sql_update(table)
-                .where(table.id == attachment_id, table.connection != info)
-                .values(connection=info)
-                .execution_options(synchronize_session=False)
-            )
+        for attachment_id, info, known in session.execute(
+            select(table.id, table.connection, table.node)
+            .where(table.id.in_(list(renewed)))
+        ).all():
+            if (info, known) != (renewed[attachment_id], node):
+                session.execute(
+                    sql_update(table).where(table.id == attachment_id)
+                    .values(connection=renewed[attachment_id], node=node)
+                    .execution_options(synchronize_session=False)
+                )
+        for volume_id, failed in failures.items():
+            _say_not_restored(job, session, volume_id, failed)
 
     return effect
 
 
 def _not_restored(job: Job, error: errors.VolumeError) -> Effect:
-    return rows.volume(
-        job, reason=f'its export could not be restored: {error}'
+    volume_ids = dict.fromkeys(volume_id for *_, volume_id in _wanted(job))
+
+    def effect(session: Session) -> None:
+        for volume_id in volume_ids:
+            _say_not_restored(job, session, volume_id, error)
+
+    return effect
+
+
+def _say_not_restored(
+    job: Job, session: Session, volume_id: str, error: errors.VolumeError
+) -> None:
+    rows.change(
+        job, session, models.Volume, volume_id,
+        reason=f'its export could not be restored: {error}',
     )
+
+
+Wanted = tuple[str, Mapping[str, Any], str, str]
+
+
+def _wanted(job: Job) -> list[Wanted]:
+    """Return attachment, connector, mode and volume of what is restored.
+
+    A job of an earlier release is about one volume, and does not repeat it.
+    """
+    alone = job.row.volume_id or ''
+    return [
+        (attachment_id, connector, mode, rest[0] if rest else alone)
+        for attachment_id, connector, mode, *rest in job.args['attachments']
+    ]
+
+
+def _export_many(
+    job: Job, wanted: list[Wanted]
+) -> tuple[dict[str, dict[str, Any]], dict[str, errors.VolumeError]]:
+    """Return connections by attachment, and errors by volume."""
+    driver, exporter = job.backend.need(), _exporter(job)
+    sources = []
+    volume_of = {each[0]: each[3] for each in wanted}
+    modes = {each[0]: each[2] for each in wanted}
+    failures: dict[str, errors.VolumeError] = {}
+    troubles: dict[str, errors.VolumeError] = {}
+    with job.backend.guard('export'):
+        for attachment_id, connector, mode, volume_id in wanted:
+            host, access = checks.host_of(connector), model.Access(mode)
+            volume = job.volume(volume_id)
+            try:
+                if volume.pool in troubles:
+                    raise troubles[volume.pool]
+                source = _device(job, driver, exporter, access, volume)
+            except errors.VolumeError as failed:
+                failures[volume_id] = failed
+                if isinstance(failed, errors.Unavailable | errors.Unknown):
+                    # It would be the pool's next volume's as well.
+                    troubles[volume.pool] = failed
+            else:
+                sources.append((attachment_id, source, host, access))
+        found = exporter.export_many(sources) if sources else {}
+    renewed = {}
+    for attachment_id, connection in found.items():
+        volume_id = volume_of[attachment_id]
+        if isinstance(connection, errors.VolumeError):
+            failures[volume_id] = connection
+        else:
+            renewed[attachment_id] = _info(
+                connection, volume_id, attachment_id, modes[attachment_id]
+            )
+    return renewed, failures
+
+
+def _node(job: Job) -> str:
+    """Return where the volume is open now; nowhere, if nothing exports it."""
+    if isinstance(job.backend.need(), base.NativeAccess):
+        return ''
+    return job.row.owner_host
 
 
 def _export(
@@ -162,14 +245,22 @@ def _export(
         else:
             exporter = _exporter(job)
             connection = exporter.export(
-                attachment_id, _device(job, driver, exporter, access), host,
-                access,
+                attachment_id,
+                _device(job, driver, exporter, access, volume), host, access,
             )
+    return _info(connection, volume.id, attachment_id, mode)
+
+
+def _info(
+    connection: model.Connection, volume_id: str, attachment_id: str,
+    mode: str,
+) -> dict[str, Any]:
+    """Return what the host is told."""
     return {
         'driver_volume_type': connection.protocol,
         'data': {
             **connection.fields,
-            'volume_id': volume.id,
+            'volume_id': volume_id,
             'attachment_id': attachment_id,
             'access_mode': mode,
         },
@@ -188,12 +279,13 @@ def _unexport(
 
 
 def _device(
-    job: Job, driver: base.Driver, exporter: Exporter, access: model.Access
+    job: Job, driver: base.Driver, exporter: Exporter, access: model.Access,
+    volume: model.Volume,
 ) -> Source:
     if exporter.accepts_blocknode and isinstance(driver, base.BlockNode):
-        return driver.blocknode(job.volume())
+        return driver.blocknode(volume)
     if isinstance(driver, base.LocalDevice):
-        return driver.map(job.volume(), access)
+        return driver.map(volume, access)
     raise errors.Unsupported(
         f'volumes of backend {job.backend.name} cannot be attached by '
         f'{type(exporter).__name__}: its driver gives no device'

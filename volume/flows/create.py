@@ -174,8 +174,9 @@ def _again(job: Job, error: errors.VolumeError, session: Session) -> bool:
         pool=row.wish['pool'],
     )
     pools = [
-        pool for pool in claims.candidates(session)
-        if [pool.backend, pool.name] not in tried
+        pool for pool in claims.candidates(
+            session, job.db.clock() - job.settings.service_down_s
+        ) if [pool.backend, pool.name] not in tried
     ]
     while pools:
         try:

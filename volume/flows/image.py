@@ -65,7 +65,7 @@ UPLOAD = journal.Flow(
     (
         journal.Step(freeze, undo=thaw),
         journal.Step(upload),
-        journal.Step(finish),
+        journal.Step(finish, is_late=True),  # the image is published
     ),
     failed=_failed,
 )

@@ -19,6 +19,7 @@ from typing import Any
 
 from volume import errors
 from volume.node import CommandFailed
+from volume.node import Endless
 from volume.node import Limits
 from volume.node import Node
 from volume.transfer.formats import QEMU_NAMES
@@ -28,6 +29,7 @@ BlockNode = Mapping[str, Any]
 
 ADDRESS_BYTES = 2 << 30
 CPU_S = 120
+CHECK_CPU_S = 20
 CPU_BYTES_PER_S = 8 << 20  # the slowest decompression that is waited for
 STALL_S = 300.0
 BYTES_PER_S_MIN = 1 << 20
@@ -52,6 +54,7 @@ MEANING: tuple[tuple[re.Pattern[str], type[errors.VolumeError]], ...] = (
     (re.compile(r'[Cc]orrupt|[Ii]nvalid|Unsupported|unsupported|too large'
                 r'|too small|beyond'), errors.Invalid),
 )
+MEMORY = re.compile(r'Cannot allocate memory|failed to allocate')
 SIGXCPU, SIGXFSZ = -24, -25
 
 
@@ -155,7 +158,12 @@ def write_image(
 
 
 def check(
-    node: Node, source: BlockNode, image_format: str, size_bytes: int
+    node: Node,
+    source: BlockNode,
+    image_format: str,
+    size_bytes: int,
+    *,
+    cpu_s: int = CHECK_CPU_S,
 ) -> None:
     """Refuse an image whose tables point beyond its end.
 
@@ -167,7 +175,7 @@ def check(
     """
     if image_format not in ('qcow2', 'vmdk'):
         return
-    limits = Limits(ADDRESS_BYTES, CPU_S + size_bytes // CPU_BYTES_PER_S)
+    limits = Limits(ADDRESS_BYTES, cpu_s + size_bytes // CPU_BYTES_PER_S)
     try:
         node.run(
             'qemu-img', 'check', '-q', _name(source), limits=limits,
@@ -176,10 +184,17 @@ def check(
     except CommandFailed as failed:
         if failed.code == 3:  # Clusters that nothing uses: harmless.
             return
+        if failed.code < 0 or MEMORY.search(failed.stderr):
+            raise _meaning(failed) from None
         words = failed.stderr.strip().splitlines() or ['']
         raise errors.Invalid(
             f'the {image_format} image is damaged or cut off: '
             f'{_plain(words[0])}'
+        ) from None
+    except Endless as endless:
+        # It would be no shorter the next time.
+        raise errors.Invalid(
+            f'the {image_format} image cannot be checked: {endless}'
         ) from None
 
 
@@ -250,6 +265,11 @@ def _meaning(failed: CommandFailed) -> errors.VolumeError:
     if failed.code == SIGXCPU:
         return errors.Invalid(
             'the image takes more processor time than its size allows'
+        )
+    if MEMORY.search(failed.stderr):
+        return errors.Invalid(
+            f'the image takes more than the {ADDRESS_BYTES} bytes of memory '
+            'that reading one may take'
         )
     if failed.code == SIGXFSZ or 'File too large' in failed.stderr:
         return errors.NoSpace(

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+from volume import concurrency
 from volume import errors
 from volume.model import Extent
 from volume.node import meaning
@@ -339,6 +340,10 @@ def _new(algorithm: str) -> Any:
 
 
 def _hash(digest: Any, chunk: _Chunk) -> None:
+    concurrency.blocking(lambda: _update(digest, chunk))
+
+
+def _update(digest: Any, chunk: _Chunk) -> None:
     if chunk.buffer is not None:
         digest.update(memoryview(chunk.buffer)[:chunk.length_bytes])
         return

@@ -24,6 +24,7 @@ from volume import errors
 from volume.node import File
 from volume.node import meaning
 from volume.node import Node
+from volume.node import Reading
 from volume.transfer.base import ImageStat
 from volume.transfer.base import Source
 
@@ -127,7 +128,7 @@ class FileSource(Source):
         except BaseException:
             os.close(fd)
             raise
-        with io.FileIO(fd, 'rb') as opened:
+        with Reading(fd, 'rb') as opened:
             yield opened
 
     @contextlib.contextmanager

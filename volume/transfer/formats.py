@@ -13,17 +13,16 @@ Names of formats are ours: ``vhd`` is what QEMU calls ``vpc``.
 
 from __future__ import annotations
 
-import array
 import dataclasses
 import os
 import re
 import struct
-import sys
 from collections.abc import Callable
 
 from oslo_utils.imageutils import format_inspector
 
 from volume import errors
+from volume.transfer import vhd_layout
 from volume.transfer.base import Opened
 
 FORMATS = ('raw', 'qcow2', 'vhd', 'vmdk')
@@ -38,7 +37,7 @@ SECTOR = 512
 # because an inspector gave up on it.
 MAGICS: tuple[tuple[int, bytes, str], ...] = (
     (0, b'QFI\xfb', 'qcow2'),
-    (0, b'conectix', 'vhd'),
+    (0, vhd_layout.COOKIE, 'vhd'),
     (0, b'KDMV', 'vmdk'),
     (0, b'COWD', 'vmdk'),
     (0, b'vhdxfile', 'vhdx'),
@@ -62,9 +61,7 @@ QCOW2_REFUSED_EXTENSIONS = {
     0x44415441: 'names an external data file',
     0x0537BE77: 'is encrypted',
 }
-VHD_FIXED, VHD_DYNAMIC, VHD_DIFFERENCING = 2, 3, 4
-VHD_UNUSED = 0xFFFFFFFF
-VHD_TABLE_BYTES_MAX = 64 << 20
+VHD_PIECE_BYTES = 1 << 20
 Refuse = Callable[[str], errors.Invalid]
 VMDK_TYPES = ('monolithicsparse', 'streamoptimized')
 
@@ -100,11 +97,11 @@ def inspect(
         with open(image, 'rb') as opened:
             return inspect(opened, declared, name)
     size_bytes = image.seek(0, os.SEEK_END)
-    head = _read_at(image, 0, min(size_bytes, HEAD_BYTES))
+    head = vhd_layout.read_at(image, 0, min(size_bytes, HEAD_BYTES))
     start = max(0, size_bytes - TAIL_BYTES)
-    tail = _read_at(image, start, size_bytes - start)
+    tail = vhd_layout.read_at(image, start, size_bytes - start)
     info = inspect_parts(head, tail, size_bytes, declared, name)
-    if info.format == 'vhd' and head.startswith(b'conectix'):
+    if info.format == 'vhd' and head.startswith(vhd_layout.COOKIE):
         _check_vhd_blocks(image, head, size_bytes, name)
     return info
 
@@ -151,13 +148,13 @@ def inspect_parts(
 
 def has_vhd_footer(tail: bytes, size_bytes: int) -> bool:
     """Say whether the last bytes make a fixed VHD of what looks raw."""
-    footer = tail[-SECTOR:]
+    try:
+        footer = vhd_layout.Footer.parse(tail[-SECTOR:], 'image')
+    except errors.Invalid:
+        return False
     return (
-        len(footer) == SECTOR
-        and footer.startswith(b'conectix')
-        and _vhd_sum(footer) == _u32(footer, 64)
-        and _u32(footer, 60) == VHD_FIXED
-        and _u64(footer, 48) <= size_bytes - SECTOR
+        footer.kind == vhd_layout.FIXED
+        and footer.size_bytes <= size_bytes - SECTOR
     )
 
 
@@ -168,10 +165,10 @@ def name_vmdk_extent(image: Opened, name: str) -> None:
     """
     if re.fullmatch(r'[A-Za-z0-9._-]{1,100}', name) is None:
         name = 'disk.vmdk'
-    head = _read_at(image, 0, 2 * SECTOR)
+    head = vhd_layout.read_at(image, 0, 2 * SECTOR)
     at, sectors = struct.unpack_from('<QQ', head, 28)
     room = sectors * SECTOR
-    text = _read_at(image, at * SECTOR, room).rstrip(b'\0')
+    text = vhd_layout.read_at(image, at * SECTOR, room).rstrip(b'\0')
     named = re.sub(
         rb'(?m)^(RW \d+ SPARSE) ".*"$', rb'\1 "%s"' % name.encode(), text
     )
@@ -313,38 +310,31 @@ def _qcow2_extensions(
 
 
 def _vhd(head: bytes, tail: bytes | None, size_bytes: int, name: str) -> int:
-    dynamic = head.startswith(b'conectix')
+    dynamic = head.startswith(vhd_layout.COOKIE)
     if not dynamic and tail is None:
         return max(0, size_bytes - SECTOR) // SECTOR * SECTOR
-    footer = head[:SECTOR] if dynamic else (tail or b'')[-SECTOR:]
-    if len(footer) < SECTOR or _vhd_sum(footer) != _u32(footer, 64):
-        raise errors.Invalid(
-            f'{name} is refused: the checksum of its vhd header is wrong'
-        )
-    kind = _u32(footer, 60)
-    if kind == VHD_DIFFERENCING:
+    data = head[:SECTOR] if dynamic else (tail or b'')[-SECTOR:]
+    footer = vhd_layout.Footer.parse(data, name)
+    if footer.kind == vhd_layout.DIFFERENCING:
         raise errors.Invalid(
             f'{name} is refused: it is a differencing vhd, whose parent is '
             'elsewhere; coalesce it first'
         )
-    if kind != (VHD_DYNAMIC if dynamic else VHD_FIXED):
+    if footer.kind != (vhd_layout.DYNAMIC if dynamic else vhd_layout.FIXED):
         raise errors.Invalid(
-            f'{name} is refused: vhd type {kind} is not supported'
+            f'{name} is refused: vhd type {footer.kind} is not supported'
         )
-    virtual = _u64(footer, 48)
+    vhd_layout.check_size(footer.size_bytes, name)
     if dynamic and tail is not None:
-        copy = tail[-SECTOR:]
-        if not copy.startswith(b'conectix') or _u64(copy, 48) != virtual:
-            raise errors.Invalid(
-                f'{name} is refused: its vhd footer is missing or differs '
-                'from its header, as if it were cut off'
-            )
-    if not dynamic and virtual > size_bytes - SECTOR:
+        last = vhd_layout.Footer.parse(tail[-SECTOR:], name)
+        vhd_layout.check_twins(footer, last, name)
+    if not dynamic and footer.size_bytes > size_bytes - SECTOR:
         raise errors.Invalid(
-            f'{name} is refused: it holds less than its {virtual} bytes'
+            f'{name} is refused: it holds less than its '
+            f'{footer.size_bytes} bytes'
         )
-    _oslo_safe('vhd', footer, None, name)
-    return virtual
+    _oslo_safe('vhd', data, None, name)
+    return footer.size_bytes
 
 
 def _check_vhd_blocks(
@@ -358,29 +348,27 @@ def _check_vhd_blocks(
     def refuse(why: str) -> errors.Invalid:
         return errors.Invalid(f'{name} is refused: its vhd table {why}')
 
-    sparse = _read_at(image, _u64(head, 16), 1024)
-    if len(sparse) < 1024 or not sparse.startswith(b'cxsparse'):
-        raise refuse('is missing')
-    at, count, block_bytes = _u64(sparse, 16), *struct.unpack_from(
-        '>II', sparse, 28
+    footer = vhd_layout.Footer.parse(head[:SECTOR], name)
+    header = vhd_layout.Header.parse(
+        vhd_layout.read_at(
+            image, footer.header_offset_bytes, vhd_layout.HEADER_BYTES),
+        footer.size_bytes, name,
     )
-    if block_bytes < SECTOR or block_bytes & (block_bytes - 1):
-        raise refuse(f'has blocks of {block_bytes} bytes')
-    if count * block_bytes < _u64(head, 48):
-        raise refuse('is smaller than its disk')
-    if count * 4 > VHD_TABLE_BYTES_MAX:
-        raise refuse(f'has {count} entries')
-    entries = array.array('I')
-    data = _read_at(image, at, count * 4)
-    if len(data) < count * 4:
-        raise refuse('is cut off')
-    entries.frombytes(data)
-    if sys.byteorder == 'little':
-        entries.byteswap()
-    last = max((e for e in entries if e != VHD_UNUSED), default=0)
-    bitmap_bytes = -(-block_bytes // SECTOR // 8 // SECTOR) * SECTOR
+    last = 0
+    # In pieces: a table may be as large as half the service.
+    for start in range(0, header.entries * 4, VHD_PIECE_BYTES):
+        length = min(VHD_PIECE_BYTES, header.entries * 4 - start)
+        data = vhd_layout.read_at(
+            image, header.table_offset_bytes + start, length)
+        if len(data) < length:
+            raise refuse('is cut off')
+        used = (
+            entry for entry in vhd_layout.table(data)
+            if entry != vhd_layout.UNUSED
+        )
+        last = max(last, max(used, default=0))
     # The last block may be as short as the disk's end makes it.
-    if last and last * SECTOR + bitmap_bytes >= size_bytes:
+    if last and last * SECTOR + header.bitmap_bytes >= size_bytes:
         raise refuse('points beyond its end, as if it were cut off')
 
 
@@ -445,23 +433,9 @@ def _vmdk_descriptor(text: bytes, refuse: Refuse) -> None:
         raise refuse('has extents other than one in itself')
 
 
-def _vhd_sum(footer: bytes) -> int:
-    return ~(sum(footer[:64]) + sum(footer[68:SECTOR])) & 0xFFFFFFFF
-
-
 def _u32(data: bytes, at: int) -> int:
     return int.from_bytes(data[at:at + 4], 'big')
 
 
 def _u64(data: bytes, at: int) -> int:
     return int.from_bytes(data[at:at + 8], 'big')
-
-
-def _read_at(image: Opened, offset: int, length: int) -> bytes:
-    """Read as much of a run as there is."""
-    image.seek(offset)
-    pieces = []
-    while length > 0 and (piece := image.read(length)):
-        pieces.append(piece)
-        length -= len(piece)
-    return b''.join(pieces)

@@ -136,6 +136,7 @@ def connect(
                 'mode': 'ro' if row.readonly else mode,
                 'was': row.status,
             },
+            node=rows.home_of(there),
         )
         return job, row, mine
 
@@ -261,7 +262,10 @@ def attach(
             if each.instance_uuid == instance_uuid:
                 return
         if there and not row.multiattach:
-            raise errors.Invalid(f'volume {row.id} is attached already')
+            raise errors.Invalid(
+                f'volume {row.id} is attached already, and is not '
+                'multi-attach; detach it first'
+            )
         session.add(attachments(
             id=ids.new(), volume_id=row.id, project_id=row.project_id,
             backend=row.backend, host=host_name or '', connector={},
@@ -537,6 +541,7 @@ def _open_detach(
             ],
             'remove': remove,
         },
+        node=rows.home_of(ending),
     )
 
 

@@ -21,14 +21,15 @@ def size(value: object, size_bytes_max: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise errors.Invalid(f'size {value!r:.80} is not a whole number')
     if value <= 0:
-        raise errors.Invalid(f'size {value} must be greater than 0')
+        raise errors.Invalid(f'size {value!s:.80} must be greater than 0')
+    if value > size_bytes_max:
+        # Not shown: it may have thousands of digits.
+        raise errors.Invalid(
+            f'the size is over the limit of {size_bytes_max} bytes'
+        )
     if value % model.SECTOR_BYTES:
         raise errors.Invalid(
             f'size {value} must be a multiple of {model.SECTOR_BYTES} bytes'
-        )
-    if value > size_bytes_max:
-        raise errors.Invalid(
-            f'size {value} is over the limit of {size_bytes_max} bytes'
         )
     return value
 
@@ -46,7 +47,7 @@ def text(value: object, what: str, length_max: int = NAME_MAX) -> str:
         raise errors.Invalid(
             f'{what} has {len(value)} characters; {length_max} are allowed'
         )
-    if any(ord(c) < 32 or ord(c) == 127 for c in value):
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in value):
         raise errors.Invalid(f'{what} has a control character in it')
     try:
         value.encode()

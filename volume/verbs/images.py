@@ -54,6 +54,7 @@ def upload(
             # The snapshot of the moment, of an attached volume.
             exclusive=[f'volume-{row.id}', f'snapshot-{job_id}'],
             args={'url': text, 'format': format, 'status': row.status},
+            node=rows.home(session, row),
         ), row
 
     job, row = core.when_free(lambda: core.db.write(accept))

@@ -46,7 +46,9 @@ def cancel(core: Core, caller: Caller, job_id: str) -> None:
                 'ends by itself'
             )
         if row.direction == 'undo':
-            raise errors.Invalid(f'job {row.id} is being undone already')
+            raise errors.Invalid(
+                f'job {row.id} is being undone already; wait for its end'
+            )
         session.execute(
             update(models.Job)
             .where(models.Job.id == row.id, models.Job.state == 'open')
@@ -98,5 +100,8 @@ def _open(session: Session, caller: Caller, job_id: str) -> models.Job:
     if row is None or not rows.sees(caller, row):
         raise errors.NotFound(f'job {job_id} could not be found')
     if row.state != 'open':
-        raise errors.Invalid(f'job {row.id} has ended: it is {row.state}')
+        raise errors.Invalid(
+            f'job {row.id} has ended: it is {row.state}; ask for the same '
+            'thing again'
+        )
     return row

@@ -47,7 +47,9 @@ def adopt(
     def accept(session: Session) -> tuple[models.Job, models.Volume]:
         there = session.get(models.Pool, (backend, pool))
         if there is None:
-            raise errors.NotFound(f'there is no pool {backend}#{pool}')
+            raise errors.NotFound(
+                f'there is no pool {backend}#{pool}; see "volume pools"'
+            )
         rows.need_feature(there, 'Adopt', 'adopt a volume')
         if session.get(models.Volume, volume_id) is not None:
             raise errors.Conflict(f'volume {volume_id} exists already')

@@ -17,9 +17,11 @@ from volume.context import Caller
 from volume.core import Core
 from volume.db import models
 from volume.verbs import checks
+from volume.verbs import rows
 
 Find = Callable[[Session, Caller, str], models.Volume | models.Snapshot]
 Guard = Callable[[Mapping[str, str]], None]
+UNMADE = frozenset({'creating', 'downloading', 'managing'})
 
 
 def merge(
@@ -65,6 +67,49 @@ def remove(
         return {name: old[name] for name in old if name != key}
 
     _change(core, caller, find, row_id, change)
+
+
+def describe_image(
+    core: Core,
+    caller: Caller,
+    volume_id: str,
+    items: Mapping[str, str | None],
+) -> models.Volume:
+    """Say of a volume's image what these items say; ``None`` takes one away.
+
+    They are words about it, for those who boot from it, and no more: what it
+    was made from stays as it was recorded.
+
+    :raises Invalid: the volume is being made: its job still needs the record
+    """
+    given = checks.metadata({
+        key: value or '' for key, value in items.items()
+    })
+    said = {
+        key: None if items[key] is None else value
+        for key, value in given.items()
+    }
+
+    def accept(session: Session) -> models.Volume:
+        row = rows.volume(session, caller, volume_id)
+        if row.status in UNMADE:
+            raise errors.Invalid(
+                f'volume {row.id} is {row.status}: its image can be '
+                'described once it has been made'
+            )
+        image = dict(row.image or {})
+        image['metadata'] = {**image.get('metadata', {}), **said}
+        if len(image['metadata']) > checks.METADATA_ITEMS_MAX:
+            raise errors.Invalid(
+                f'the image of volume {row.id} would have '
+                f'{len(image["metadata"])} items of metadata; '
+                f'{checks.METADATA_ITEMS_MAX} are allowed'
+            )
+        row.image = image
+        row.updated_at = core.db.clock()
+        return row
+
+    return core.db.write(accept)
 
 
 def _change(

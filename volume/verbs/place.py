@@ -98,9 +98,11 @@ def wish(
     )
 
 
-def claim(session: Session, wish: placement.Wish) -> placement.Candidate:
+def claim(
+    session: Session, core: Core, wish: placement.Wish
+) -> placement.Candidate:
     """Choose and claim; a pool whose claim fails is chosen no more."""
-    pools = claims.candidates(session)
+    pools = claims.candidates(session, core.heard_after())
     while True:
         chosen = placement.choose(pools, wish)
         if claims.claim(session, chosen, placement.claim_bytes(chosen, wish)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from sqlalchemy import select
@@ -16,6 +16,7 @@ from volume import ids
 from volume.context import Caller
 from volume.core import Core
 from volume.core import LeaseTaken
+from volume.db import jobs
 from volume.db import leases
 from volume.db import models
 
@@ -133,6 +134,27 @@ def need_still(
             )
 
 
+def home(session: Session, row: models.Volume) -> str:
+    """Return the node that has the volume open for a host; empty if none.
+
+    What is open somewhere is worked on there: only that node's storage
+    daemon can be told of it. A volume is open on one node at a time.
+    """
+    if row.status == 'available':
+        return ''
+    return session.scalar(
+        select(models.Attachment.node).where(
+            models.Attachment.volume_id == row.id,
+            models.Attachment.is_connected.is_(True),
+        ).limit(1)
+    ) or ''
+
+
+def home_of(attachments: Iterable[models.Attachment]) -> str:
+    """Return the same from the volume's attachments, read already."""
+    return next((each.node for each in attachments if each.is_connected), '')
+
+
 def take(
     session: Session,
     row: models.Volume | models.Snapshot,
@@ -198,15 +220,17 @@ def open_job(
     exclusive: Collection[str] = (),
     shared: Collection[str] = (),
     args: dict[str, Any] | None = None,
+    node: str = '',
 ) -> models.Job:
     """Insert the job that a verb has accepted.
 
     ``exclusive`` and ``shared`` name rows as ``volume-ID`` and
-    ``snapshot-ID``; the caller has taken their leases already. A job whose
-    runner is its acceptor is born leased.
+    ``snapshot-ID``; the caller has taken their leases already. ``node`` is
+    the ``home`` of a volume that is open. A job whose runner is its acceptor
+    is born leased.
     """
     now = core.db.clock()
-    ours = core.runs(backend)
+    ours = core.runs(backend) and node in ('', core.owner_host)
     job = models.Job(
         id=job_id,
         kind=kind,
@@ -220,6 +244,8 @@ def open_job(
         request_id=caller.request_id,
         owner=core.owner if ours else None,
         owner_host=core.owner_host if ours else '',
+        node=jobs.node_of(kind, node, core.owner_host) if ours else node,
+        token=1 if ours else 0,
         expires_at=now + core.settings.lease_s if ours else 0.0,
         due_at=now,
         give_up_at=now + core.settings.job_retry_s,

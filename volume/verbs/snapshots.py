@@ -73,7 +73,8 @@ def create(core: Core, caller: Caller, new: NewSnapshot) -> models.Snapshot:
         if not claims.claim(session, candidate, claimed):
             raise errors.NoSpace(
                 f'pool {pool.backend}#{pool.name} cannot promise {claimed} '
-                'bytes more'
+                'bytes more, which the snapshot may need; delete something in '
+                'it, or add storage'
             )
         now = core.db.clock()
         row = models.Snapshot(
@@ -90,6 +91,7 @@ def create(core: Core, caller: Caller, new: NewSnapshot) -> models.Snapshot:
             session, core, caller, 'snapshot', job_id, volume.backend,
             volume_id=volume.id, snapshot_id=row.id,
             exclusive=[f'volume-{volume.id}', f'snapshot-{row.id}'],
+            node=rows.home(session, volume),
         )
         return job, row, volume
 
@@ -200,5 +202,6 @@ def _same(
     ):
         return there
     raise errors.Conflict(
-        f'snapshot {there.id} exists, and was asked for in another way'
+        f'snapshot {there.id} exists, and was asked for in another way; take '
+        'another id, or ask for the very same again'
     )

@@ -64,7 +64,7 @@ def create(
         row = _row(core, caller, new, volume_id, size_bytes, digest)
         wish = place.wish(caller, new, source, size_bytes)
         try:
-            chosen = place.claim(session, wish)
+            chosen = place.claim(session, core, wish)
         except errors.NoSpace as none:
             if refuse:
                 raise
@@ -89,6 +89,8 @@ def create(
             volume_id=volume_id, snapshot_id=new.snapshot_id,
             exclusive=[f'volume-{volume_id}'], shared=shared,
             args={'native': place.is_native(chosen, source)},
+            node=rows.home(session, source) if isinstance(
+                source, models.Volume) else '',
         )
         return row, job
 
@@ -223,12 +225,14 @@ def extend(
         if size_bytes > pool.max_volume_bytes:
             raise errors.Invalid(
                 f'size {size_bytes} is over the pool\'s limit of '
-                f'{pool.max_volume_bytes} bytes'
+                f'{pool.max_volume_bytes} bytes; ask for less, or make a '
+                'larger volume in another pool and copy it there'
             )
         if not claims.claim(session, found[0], more_bytes):
             raise errors.NoSpace(
                 f'pool {row.backend}#{row.pool} cannot promise '
-                f'{more_bytes} bytes more'
+                f'{more_bytes} bytes more; delete something in it, add '
+                'storage, or raise its oversubscription'
             )
         job_id = ids.new()
         rows.take(
@@ -393,12 +397,16 @@ def _checked(core: Core, new: NewVolume) -> NewVolume:
     ]
     if len(given) > 1:
         raise errors.Invalid(
-            f'{" and ".join(given)} are given; a volume has one source'
+            f'{" and ".join(given)} are given; a volume has one source: leave '
+            'out the others'
         )
     if new.size_bytes is not None:
         checks.size(new.size_bytes, core.settings.size_bytes_max)
     elif not new.snapshot_id and not new.source_volume_id:
-        raise errors.Invalid('the size is missing')
+        raise errors.Invalid(
+            'the size is missing; only a copy of a snapshot or volume has one '
+            'without being told'
+        )
     image = dict(new.image) if new.image else None
     if image:
         image['url'] = _image_url(core, image.get('url'))
@@ -445,7 +453,8 @@ def _same(
     ):
         return there
     raise errors.Conflict(
-        f'volume {there.id} exists, and was asked for in another way'
+        f'volume {there.id} exists, and was asked for in another way; take '
+        'another id, or ask for the very same again'
     )
 
 

@@ -13,7 +13,6 @@ from volume.api.fields import flag
 from volume.verbs import lookup
 
 UNLIMITED = -1
-HEARD_S = 60.0  # a process that was silent for so long counts as down
 EXTENSIONS = {
     'OS-SCH-HNT': 'Scheduler hints',
     'os-admin-actions': 'Actions of administrators',
@@ -60,7 +59,7 @@ def zones(call: Call) -> Reply:
 
 
 def services(call: Call) -> Reply:
-    now = call.core.db.clock()
+    heard_after = call.core.heard_after()
     zone = call.core.settings.availability_zone
     shown: list[dict[str, Any]] = [
         {
@@ -68,7 +67,7 @@ def services(call: Call) -> Reply:
             'host': row.host,
             'zone': zone,
             'status': 'enabled',
-            'state': 'up' if now - row.heard_at < HEARD_S else 'down',
+            'state': 'up' if row.heard_at >= heard_after else 'down',
             'updated_at': views.when(row.heard_at),
             'disabled_reason': None,
         }
@@ -80,7 +79,9 @@ def services(call: Call) -> Reply:
             'host': f'{seen.row.host}@{seen.row.name}',
             'zone': zone,
             'status': 'enabled' if seen.row.enabled else 'disabled',
-            'state': 'up' if seen.row.is_up else 'down',
+            'state': 'up' if seen.row.is_up and (
+                seen.row.updated_at >= heard_after
+            ) else 'down',
             'updated_at': views.when(seen.row.updated_at),
             'disabled_reason': seen.row.reason or None,
         }

@@ -18,6 +18,7 @@ from volume.verbs import attachments
 from volume.verbs import images
 from volume.verbs import lookup
 from volume.verbs import manage
+from volume.verbs import metadata
 from volume.verbs import volumes
 
 CONTAINER = 'bare'
@@ -185,7 +186,32 @@ def _upload_url(call: Call, name: str) -> str:
 
 def _show_image_metadata(call: Call, info: Fields) -> dict[str, Any]:
     seen = lookup.volume(call.core, call.caller, call.id('volume_id'))
-    return {'metadata': views.image(seen.row.image) if seen.row.image else {}}
+    return {'metadata': views.image(seen.row.image or {})}
+
+
+def _set_image_metadata(call: Call, info: Fields) -> dict[str, Any]:
+    items = info.only(('metadata',)).object('metadata').values
+    for key, value in items.items():
+        if not isinstance(value, str):
+            raise errors.Invalid(
+                f'metadata {key!r:.80} is not text: os-unset_image_metadata '
+                'takes a key away'
+            )
+    row = metadata.describe_image(
+        call.core, call.caller, call.id('volume_id'), items
+    )
+    return {'metadata': views.image(row.image)}
+
+
+def _unset_image_metadata(call: Call, info: Fields) -> None:
+    key = info.only(('key',)).text('key')
+    volume_id = call.id('volume_id')
+    seen = lookup.volume(call.core, call.caller, volume_id)
+    if key not in views.image(seen.row.image or {}):
+        raise errors.NotFound(
+            f'the image of volume {volume_id} has no metadata {key!r:.80}'
+        )
+    metadata.describe_image(call.core, call.caller, volume_id, {key: None})
 
 
 def _reset_status(call: Call, info: Fields) -> None:
@@ -226,6 +252,8 @@ ACTIONS = {
     'os-update_readonly_flag': Action(_update_readonly, 202),
     'os-volume_upload_image': Action(_upload, 202),
     'os-show_image_metadata': Action(_show_image_metadata, 200),
+    'os-set_image_metadata': Action(_set_image_metadata, 200),
+    'os-unset_image_metadata': Action(_unset_image_metadata, 200),
     'os-flatten': Action(_flatten, 202),
     'revert': Action(_revert, 202, since=40),
     'os-reset_status': Action(_reset_status, 202, admin=True),

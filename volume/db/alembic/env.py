@@ -10,6 +10,8 @@ context.configure(
     target_metadata=models.Base.metadata,
     render_as_batch=True,
     transaction_per_migration=False,
+    # PostgreSQL and SQLite run all of it in the transaction of migrate.py;
+    # MariaDB has none for this, see volume/db/repeatable.py.
     transactional_ddl=False,
 )
 context.run_migrations()

@@ -3,6 +3,9 @@
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.dialects import mysql
+
+TEXT = sa.Text().with_variant(mysql.MEDIUMTEXT(), 'mariadb')
 
 revision = '0001'
 down_revision = None
@@ -35,7 +38,7 @@ def upgrade() -> None:
     sa.Column('exporter', sa.String(length=64), nullable=False),
     sa.Column('is_up', sa.Boolean(), nullable=False),
     sa.Column('enabled', sa.Boolean(), nullable=False),
-    sa.Column('reason', sa.Text(), nullable=False),
+    sa.Column('reason', TEXT, nullable=False),
     sa.Column('tags', sa.JSON(), nullable=False),
     sa.Column('projects', sa.JSON(), nullable=False),
     sa.Column('cluster', sa.String(length=255), nullable=False),
@@ -65,7 +68,7 @@ def upgrade() -> None:
     sa.Column('project_id', sa.String(length=255), nullable=False),
     sa.Column('request_id', sa.String(length=64), nullable=False),
     sa.Column('error_kind', sa.String(length=32), nullable=False),
-    sa.Column('error', sa.Text(), nullable=False),
+    sa.Column('error', TEXT, nullable=False),
     sa.Column('owner', sa.String(length=36), nullable=True),
     sa.Column('owner_host', sa.String(length=255), nullable=False),
     sa.Column('token', sa.BigInteger(), nullable=False),
@@ -123,7 +126,7 @@ def upgrade() -> None:
     sa.Column('description', sa.String(length=255), nullable=False),
     sa.Column('meta', sa.JSON(), nullable=False),
     sa.Column('status', sa.String(length=32), nullable=False),
-    sa.Column('reason', sa.Text(), nullable=False),
+    sa.Column('reason', TEXT, nullable=False),
     sa.Column('backend', sa.String(length=64), nullable=False),
     sa.Column('pool', sa.String(length=255), nullable=False),
     sa.Column('handle', sa.String(length=255), nullable=False),
@@ -149,7 +152,7 @@ def upgrade() -> None:
     sa.Column('description', sa.String(length=255), nullable=False),
     sa.Column('meta', sa.JSON(), nullable=False),
     sa.Column('status', sa.String(length=32), nullable=False),
-    sa.Column('reason', sa.Text(), nullable=False),
+    sa.Column('reason', TEXT, nullable=False),
     sa.Column('backend', sa.String(length=64), nullable=False),
     sa.Column('pool', sa.String(length=255), nullable=False),
     sa.Column('handle', sa.String(length=255), nullable=False),

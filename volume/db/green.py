@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SQLite under eventlet: its transactions run in native threads.
+
+SQLite waits for the disk inside C, and would stop every greenthread. So a
+transaction as a whole is one call into a native thread, and the pool of
+connections has locks that work between native threads. The lock that makes
+writers queue stays with the greenthreads: at most one of them is in here to
+write, and the others read.
+
+PyMySQL and psycopg2 wait where eventlet can see it, and need none of this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy.orm import configure_mappers
+from sqlalchemy.util import queue
+
+from volume import concurrency
+
+SQLITE = concurrency.Lane('sqlite', 8)
+
+
+def pool_arguments() -> dict[str, Any]:
+    """Return what ``create_engine`` needs to know for SQLite."""
+    if not concurrency.is_green():
+        return {}
+    # Done on first use otherwise, under a lock of greenthreads.
+    configure_mappers()
+    return {'poolclass': _NativePool}
+
+
+class _NativeQueue(queue.Queue[Any]):
+    """SQLAlchemy's queue, between native threads."""
+
+    def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:
+        super().__init__(maxsize, use_lifo)
+        threads = concurrency.native()
+        self.mutex = threads.RLock()
+        self.not_empty = threads.Condition(self.mutex)
+        self.not_full = threads.Condition(self.mutex)
+
+
+class _NativePool(sqlalchemy.QueuePool):
+    """SQLAlchemy's pool, between native threads."""
+
+    __module__ = sqlalchemy.QueuePool.__module__  # and its log's name
+
+    _queue_class = _NativeQueue
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._overflow_lock = concurrency.native().Lock()
+        self._first_lock = concurrency.native().Lock()
+        self._is_begun = False
+
+    def connect(self) -> sqlalchemy.PoolProxiedConnection:
+        if self._is_begun:
+            return super().connect()
+        # The dialect looks at the first connection, under a lock that no
+        # other native thread may be found waiting for.
+        with self._first_lock:
+            made = super().connect()
+            self._is_begun = True
+            return made
