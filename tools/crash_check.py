@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from crash_bytes import BLOCK_BYTES
+from crash_kill import ENDS_DAEMON
 from crash_model import Model
 from crash_model import Thing
 from crash_report import Difference
@@ -34,7 +35,7 @@ REPEATED = frozenset({'restore'})
 LETS_IN = frozenset({'attach', 'restore'})
 
 # Whose death may be the end of a job.
-HELPED_BY = frozenset({'helper', 'daemon', 'all'})
+HELPED_BY = ENDS_DAEMON | {'helper'}
 
 Fill = Callable[[bytearray, int], None]
 
@@ -202,7 +203,7 @@ def recoveries(rows: Rows, kills: list[Kill]) -> None:
             row['ended_at'] for job_id in kill.jobs
             if (row := rows.jobs.get(job_id)) and row['ended_at']
         ]
-        if kill.target in ('daemon', 'all'):
+        if kill.target in ENDS_DAEMON:
             ended += [
                 row['ended_at'] for row in rows.jobs.values()
                 if row['kind'] == 'restore' and row['state'] == 'done'

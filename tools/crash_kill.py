@@ -24,6 +24,7 @@ TARGETS = ('service', 'daemon', 'helper')
 # in the kernel's cache.
 ALL = 'all'
 ENDS_SERVICE = frozenset({'service', ALL})
+ENDS_DAEMON = frozenset({'daemon', ALL})
 # As the kernel keeps their names: fifteen bytes.
 NAMES = {'daemon': 'qemu-storage-daemon'[:15], 'helper': 'qemu-img'}
 FIND_S = 4.0
@@ -86,7 +87,10 @@ def _kill_one(
                 provoke()
             time.sleep(LOOK_S)
             continue
-        pid = chance.choice(pids)
+        copies = [pid for pid in pids if 'convert' in _words(pid)]
+        # What copies has more to lose than what makes an empty file.
+        likely = copies if copies and chance.random() < 0.8 else pids
+        pid = chance.choice(likely)
         words = _words(pid)
         at = time.time()
         if _kill_pid(pid, name, [name]):

@@ -419,9 +419,11 @@ class Client:
                 tokens[number] = new_token(self._chance)
         return Write(held.volume_id, tokens, time.time())
 
-    def _perhaps_settle(self, noun: str, row_id: str) -> None:
+    def _perhaps_settle(
+        self, noun: str, row_id: str, chance: float = 0.5
+    ) -> None:
         """Wait for what was asked for, or do not: by chance."""
-        if self._chance.random() < 0.5:
+        if self._chance.random() > chance:
             return
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline and self._serving.is_set():
@@ -437,10 +439,14 @@ class Client:
             time.sleep(LOOK_S)
 
     def _some_volume(self, backend: str = '') -> tuple[str, Known] | None:
-        return self._roster.pick(
+        """Choose a volume; mostly wait until it is made, as people do."""
+        found = self._roster.pick(
             self._chance, self._roster.volumes,
             lambda known: not backend or known.backend == backend,
         )
+        if found is not None:
+            self._perhaps_settle('volume', found[0], 0.8)
+        return found
 
     def _backend(self) -> str:
         return self._chance.choice(BACKENDS)

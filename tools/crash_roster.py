@@ -40,6 +40,7 @@ class Roster:
         self.snapshots: dict[str, Known] = {}
         self.held: dict[str, Held] = {}
         self.cancelled: set[str] = set()  # jobs
+        self.pinned: set[str] = set()  # attachments that are to stay
         self._server = server
         self._lock = threading.Lock()
 
@@ -91,9 +92,15 @@ class Roster:
         What a host does to its disk has an order.
         """
         with self._lock:
-            if not self.held:
-                return None
-            return self.held.pop(chance.choice(list(self.held)))
+            free = [each for each in self.held if each not in self.pinned]
+            return self.held.pop(chance.choice(free)) if free else None
+
+    def pin(self, chance: random.Random) -> bool:
+        """Have one of the attached volumes stay; say whether there is one."""
+        with self._lock:
+            if self.held:
+                self.pinned.add(chance.choice(list(self.held)))
+            return bool(self.held)
 
     def correct(
         self, volumes: dict[str, Known], snapshots: dict[str, Known]
@@ -102,6 +109,7 @@ class Roster:
         with self._lock:
             self.volumes, self.snapshots = volumes, snapshots
             self.cancelled.clear()
+            self.pinned.clear()
 
     @staticmethod
     def runs(tokens: Mapping[int, int]) -> Iterator[tuple[int, bytes]]:

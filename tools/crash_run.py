@@ -37,6 +37,7 @@ from volume.nbd import NbdClient
 
 QUIET_S = 120.0
 HOST_S = 20.0
+HOLD_TRIES = 10
 AGAIN = 0.3  # how often a restarted service is killed once more
 LOOK_S = 0.1
 ROUND_S = 300.0
@@ -203,6 +204,12 @@ class Run:
                 raise
 
     def _kill(self, target: str, provoke: Callable[[], None]) -> None:
+        if target in crash_kill.ENDS_DAEMON:
+            # Somebody has to lose something, and to have it again.
+            for _ in range(HOLD_TRIES):
+                if self.roster.pin(self._chance):
+                    break
+                self.clients[0].hold()
         again = True
         while again:
             ends_service = target in crash_kill.ENDS_SERVICE

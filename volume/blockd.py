@@ -265,14 +265,22 @@ class Blockd:
         What readers and writers of this process use stays; what nobody uses
         is closed.
         """
+        self.end_left()
+        with self._running() as monitor:
+            if monitor is not None:
+                self._close_unused(monitor)
+
+    def end_left(self) -> None:
+        """End private exports that are nobody's: their end had failed.
+
+        Safe beside work that goes on, which ``end_private`` is not: it
+        closes images that another thread may have just opened.
+        """
         for export_id in sorted(self.export_ids()):
             with self._private_lock:
                 mine = export_id in self._private
             if export_id.startswith(PRIVATE) and not mine:
                 self.unexport(export_id)
-        with self._running() as monitor:
-            if monitor is not None:
-                self._close_unused(monitor)
 
     @contextlib.contextmanager
     def private(

@@ -145,6 +145,18 @@ def end_orphan_exports(
     return ended
 
 
+def end_left_exports(node: Node) -> None:
+    """End private exports of ours whose end had failed.
+
+    A volume with one is in use by the storage daemon, and Busy for others.
+    """
+    try:
+        if node.blockd is not None:
+            node.blockd.end_left()
+    except errors.VolumeError as failed:
+        LOG.warning('the storage daemon: %s', failed)
+
+
 def end_private_exports(node: Node) -> None:
     """End what an earlier process had opened to read or fill volumes."""
     try:
@@ -334,6 +346,8 @@ def _restore_all(
     running: list[models.Job] = []
     for backend, gone in missing.items():
         for some in _parts(gone.items(), RESTORED_AT_ONCE):
+            if not core.runs(backend):
+                break  # the service is stopping
             opened = core.db.write(functools.partial(
                 _open_restore, core, backend, dict(some)
             ))

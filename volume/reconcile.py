@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from sqlalchemy import func
 from sqlalchemy import select
@@ -21,6 +22,7 @@ from sqlalchemy.orm import Session
 from volume import ids
 from volume import model
 from volume.backends import Backend
+from volume.db import leases
 from volume.db import models
 from volume.db.engine import Database
 from volume.drivers import base
@@ -345,13 +347,17 @@ def _set_error(db: Database, finding: Finding, row_id: str) -> bool:
     )
 
     def change(session: Session) -> bool:
-        done = session.execute(
-            update(table)
-            .where(table.id == row_id, table.deleted_at.is_(None))
-            .values(status='error', reason=f'reconcile: {finding.detail}')
-            .execution_options(synchronize_session=False)
+        row: Any = session.get(table, row_id)
+        # What has gone on since it was looked at, or what a job of another
+        # node holds by now, is left alone.
+        return (
+            row is not None
+            and finding.detail.startswith(f'is {row.status}, ')
+            and leases.move(
+                session, table, row_id, {row.status}, status='error',
+                reason=f'reconcile: {finding.detail}', updated_at=db.clock(),
+            )
         )
-        return bool(done.rowcount)  # type: ignore[attr-defined]
 
     return db.write(change)
 

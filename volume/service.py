@@ -29,6 +29,7 @@ from volume import errors
 from volume import ids
 from volume import locks
 from volume import logs
+from volume import memory
 from volume import periodic
 from volume import rpc
 from volume import takeover
@@ -262,6 +263,7 @@ class Service:
     def _tidy(self) -> None:
         # The files first: afterwards nothing tells that they are nobody's.
         periodic.sweep_locks(self.core, self.node)
+        periodic.end_left_exports(self.node)
         periodic.forget(self.core, self.conf.retention_s)
 
     def _claim_name(self) -> None:
@@ -394,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``volume-service`` until it is told to stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.umask(0o077)
+    memory.use_few_heaps()
     try:
         conf = options.load(arguments)
         logs.set_up(conf.log_level, conf.log_format)

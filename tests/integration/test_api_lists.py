@@ -4,12 +4,14 @@
 import unittest
 import urllib.parse
 
+from tests import database
 from tests.integration import serving
 from volume import ids
 from volume.db import engine
 from volume.db import models
 
 
+@database.on_all
 class Lists(unittest.TestCase):
     """Paging, filters and order, on one filled service."""
 

@@ -378,6 +378,20 @@ class PrivateTest(BlockdCase):
         self.assertEqual({'one': self.path('b')}, self.blockd.exports())
         self.assertEqual({self.path('b')}, self.blockd.open_files())
 
+    def test_a_reader_whose_end_failed_keeps_nobody_out_for_long(
+        self
+    ) -> None:
+        self.qcow2('a')
+        self.qcow2('b')
+        self.blockd.end_left()  # of a daemon that has none
+        self.blockd.export('p-left', self.chain('a'), False)
+        with generic.nbd_reader(self.node, self.chain('b')) as reader:
+            self.blockd.end_left()
+            self.assertEqual(bytes(3), reader.read(3))
+            self.assertEqual(
+                [self.path('b')], list(self.blockd.exports().values())
+            )
+
     def test_node_without_a_daemon_says_so(self) -> None:
         with self.assertRaises(errors.Unavailable):
             with generic.nbd_reader(Node(self.root), self.plain('a')):

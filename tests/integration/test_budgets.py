@@ -11,6 +11,7 @@ import unittest
 
 from sqlalchemy import event
 
+from tests import database
 from tests.database import NOW
 from tests.database import volume
 from tests.integration import serving
@@ -54,6 +55,7 @@ def statements(db):
         event.remove(db.engine, 'before_cursor_execute', note)
 
 
+@database.on_all
 class Budgets(unittest.TestCase):
     @classmethod
     def setUpClass(cls):

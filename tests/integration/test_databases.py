@@ -7,12 +7,14 @@ import time
 import unittest
 
 from sqlalchemy import event
+from sqlalchemy import func
 from sqlalchemy import select
 from sqlalchemy import update
 
 from tests import database
 from tests.wire import Wire
 from volume import errors
+from volume.db import leases
 from volume.db import models
 from volume.db.engine import Database
 
@@ -111,6 +113,41 @@ class Races(Case):
         self.assertEqual(11, self.size())
         if not self.db.is_sqlite:
             self.assertEqual([0, 1], runs)
+
+    def test_a_lease_is_not_taken_on_what_was_read_before_its_job_ended(self):
+        """What that job has written would not have been seen."""
+        job = database.job(volume_id=self.one)
+        database.add(self.db, job, *(
+            database.job(state='done') for _ in range(20)
+        ))
+        self.db.write(lambda s: leases.take(
+            s, models.Volume, self.one, job.id, {'available'}
+        ))
+        seen = []
+
+        def end(session):
+            session.execute(
+                update(models.Job).where(models.Job.id == job.id)
+                .values(state='done')
+            )
+            session.add(models.Attachment(
+                volume_id=self.one, id=database.job().id, project_id='p',
+                backend='b', status='attached', created_at=database.NOW,
+            ))
+
+        def fn(session):
+            seen.append(session.scalar(
+                select(func.count()).select_from(models.Attachment)
+            ))
+            if len(seen) == 1 and not self.db.is_sqlite:
+                at_once(lambda: self.db.write(end))
+            return leases.take(
+                session, models.Volume, self.one, 'next', {'available'}
+            )
+
+        taken = self.db.write(fn)
+        # Either it was told to look again, or it has to wait.
+        self.assertNotEqual((True, 0), (taken, seen[-1]))
 
     def test_a_read_is_of_one_moment(self):
         if self.db.is_sqlite:

@@ -160,10 +160,11 @@ class Wire(unittest.TestCase):
                      *range(400, 500), 501)
 
     def test_a_body_of_two_lengths_hides_no_second_request(self):
+        body = b'%x\r\n%s\r\n0\r\n\r\n' % (len(GOOD), GOOD)
         hidden = b'DELETE /v3/volumes/x HTTP/1.1\r\n' + HEAD + b'\r\n'
         for lengths in (
-            b'Content-Length: 4\r\nTransfer-Encoding: chunked\r\n',
-            b'Transfer-Encoding: chunked\r\nContent-Length: 4\r\n',
+            b'Content-Length: 31\r\nTransfer-Encoding: chunked\r\n',
+            b'Transfer-Encoding: chunked\r\nContent-Length: 31\r\n',
             b'Content-Length: 4\r\nContent-Length: 400\r\n',
             b'Content-Length: 4, 400\r\n', b'Content-Length: +4\r\n',
             b'Content-Length: 0x4\r\n', b'Content-Length: 4_0\r\n',
@@ -171,7 +172,7 @@ class Wire(unittest.TestCase):
         ):
             with self.subTest(lengths):
                 found = self.statuses(self.raw(
-                    POST + lengths + b'\r\n0\r\n\r\n' + hidden))
+                    POST + lengths + b'\r\n' + body + hidden))
                 self.assertEqual([400], found)
 
     def test_a_pipeline_is_answered_in_order_up_to_its_first_wrong_word(self):

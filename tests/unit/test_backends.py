@@ -42,7 +42,7 @@ class Sections(unittest.TestCase):
     def test_a_driver_that_is_not_installed_is_named_with_those_that_are(self):
         reason = self.down('[bad]\ndriver = tape')
         self.assertIn("section [bad]: there is no driver 'tape'", reason)
-        self.assertIn('file, qcow', reason)
+        self.assertIn('file, noop, qcow', reason)
 
     def test_a_section_without_driver_says_so(self):
         self.assertIn('option driver is missing', self.down('[bad]\ncost=1'))

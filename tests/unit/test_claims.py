@@ -15,6 +15,7 @@ from volume.db import claims
 from volume.db import models
 
 
+@database.on_all
 class Claims(unittest.TestCase):
     def setUp(self):
         self.db = database.make(self)

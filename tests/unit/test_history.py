@@ -4,6 +4,7 @@
 import dataclasses
 import unittest
 
+from tests import database
 from tests.fault import world
 from volume.db import history
 from volume.db import models
@@ -11,6 +12,7 @@ from volume.testing import fixtures
 from volume.verbs import volumes
 
 
+@database.on_all
 class Backup(unittest.TestCase):
     def setUp(self):
         directory = fixtures.plain_directory(self)

@@ -304,6 +304,7 @@ class Again(JournalCase):
         self.assertEqual('error', self.status())
 
 
+@database.on_all
 class Fences(JournalCase):
     def test_a_stale_token_writes_nothing(self):
         stale = self.start(self.flow(a=self.says('downloading')))

@@ -11,6 +11,7 @@ from volume.db import leases
 from volume.db import models
 
 
+@database.on_all
 class Leases(unittest.TestCase):
     def setUp(self):
         self.db = database.make(self)

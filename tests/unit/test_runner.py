@@ -212,6 +212,7 @@ class Hints(RunnerCase):
         self.assertEqual('open', self.state(slow[0]).state)
 
 
+@database.on_all
 class Sweeps(RunnerCase):
     def sweep(self, runner=None):
         taken = (runner or self.runner).sweep()

@@ -95,7 +95,10 @@ def make_engine(
     } if timeout_s else {'poolclass': sqlalchemy.NullPool}
     try:
         return sqlalchemy.create_engine(
-            url, hide_parameters=True, **pool, **make(url, timeout_s)
+            url, hide_parameters=True, **pool, **make(url, timeout_s),
+            # Every transaction is ended by name (engine.py); another
+            # ROLLBACK for each would be a round trip for nothing.
+            pool_reset_on_return=None,
         )
     except ImportError as missing:
         extra = EXTRAS[url.get_backend_name()]

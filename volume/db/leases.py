@@ -8,7 +8,8 @@ needs the row for itself; a shared one may be held by several jobs.
 An exclusive lease lives as long as the job that it names is open: to end the
 job is to release it, with no statement of its own, and no crash can leave
 one behind. (PostgreSQL must run at REPEATABLE READ for this: at READ
-COMMITTED a blocked UPDATE would look for the job in its old snapshot.)
+COMMITTED a blocked UPDATE would look for the job in its old snapshot; and
+MariaDB with innodb_snapshot_isolation, see ``dialects.py``.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import ColumnElement
-from sqlalchemy import exists
+from sqlalchemy import func
 from sqlalchemy import or_
 from sqlalchemy import select
 from sqlalchemy import update
@@ -141,13 +142,17 @@ def unshare(session: Session, table: Leased, row_id: str) -> None:
 
 
 def _free(table: Leased) -> ColumnElement[bool]:
-    """Return the condition that no open job holds the row."""
-    return or_(
-        table.lease_job.is_(None),
-        ~exists().where(
-            models.Job.id == table.lease_job, models.Job.state == 'open'
-        ),
+    """Return the condition that no open job holds the row.
+
+    The job is looked up by its id alone: MariaDB tells a transaction that a
+    row has changed since it read it only where it comes to that row itself,
+    not where an index of states has no entry for it any more.
+    """
+    state = (
+        select(models.Job.state).where(models.Job.id == table.lease_job)
+        .scalar_subquery()
     )
+    return or_(table.lease_job.is_(None), func.coalesce(state, '') != 'open')
 
 
 def gone(session: Session, ids: Collection[str]) -> set[str]:

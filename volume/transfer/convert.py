@@ -29,7 +29,7 @@ BlockNode = Mapping[str, Any]
 
 ADDRESS_BYTES = 2 << 30
 CPU_S = 120
-CHECK_CPU_S = 20
+CHECK_CPU_S = 10
 CPU_BYTES_PER_S = 8 << 20  # the slowest decompression that is waited for
 STALL_S = 300.0
 BYTES_PER_S_MIN = 1 << 20

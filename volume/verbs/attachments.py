@@ -262,10 +262,7 @@ def attach(
             if each.instance_uuid == instance_uuid:
                 return
         if there and not row.multiattach:
-            raise errors.Invalid(
-                f'volume {row.id} is attached already, and is not '
-                'multi-attach; detach it first'
-            )
+            raise errors.Invalid(f'volume {row.id} is attached: detach it')
         session.add(attachments(
             id=ids.new(), volume_id=row.id, project_id=row.project_id,
             backend=row.backend, host=host_name or '', connector={},
