@@ -217,6 +217,8 @@ class Process(ServiceProcess):
                 os.kill(pid, signal.SIGKILL)
 
     def said(self) -> str:
+        if not os.path.exists(self.log):
+            return 'it was not started'
         with open(self.log) as f:
             return f.read()
 

@@ -197,8 +197,9 @@ def content(
 def recoveries(rows: Rows, kills: list[Kill]) -> None:
     """Note how long it took until all had ended that a kill had met."""
     for kill in kills:
-        if kill.recovered_s is not None:
+        if kill.is_looked_at:
             continue
+        kill.is_looked_at = True
         ended = [
             row['ended_at'] for job_id in kill.jobs
             if (row := rows.jobs.get(job_id)) and row['ended_at']

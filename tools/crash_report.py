@@ -60,6 +60,7 @@ class Kill:
     in_flight: list[str] = dataclasses.field(default_factory=list)
     jobs: list[str] = dataclasses.field(default_factory=list)
     recovered_s: float | None = None
+    is_looked_at: bool = False
 
     def line(self, began_at: float) -> str:
         return (
@@ -169,10 +170,10 @@ class Report:
             f'{sum(sums["count"] for sums in self._kills.values())} kills in '
             f'{took_s / 60:.1f} min',
             '',
-            f'{"request":20}' + ''.join(f'{end:>12}' for end in ENDS),
+            f'{"request":18}' + ''.join(f'{end:>11}' for end in ENDS),
             *(
-                f'{kind:20}' + ''.join(
-                    f'{ends[end] or "":>12}' for end in ENDS
+                f'{kind:18}' + ''.join(
+                    f'{ends[end] or "":>11}' for end in ENDS
                 ) for kind, ends in sorted(self._ends.items())
             ),
             '',

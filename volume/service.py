@@ -39,8 +39,8 @@ from volume.api import server
 from volume.blockd import Blockd
 from volume.core import Core
 from volume.core import Settings
-from volume.db import migrate
 from volume.db import models
+from volume.db import schema
 from volume.db.engine import Clock
 from volume.db.engine import Database
 from volume.hints import Hints
@@ -126,9 +126,7 @@ class Service:
         self._stack.enter_context(locks.alone(
             os.path.join(state, 'service.lock'), f'state_path {state}'
         ))
-        if migrate.current(self.db) is None:
-            migrate.upgrade(self.db)
-        migrate.require(self.db)
+        schema.ensure(self.db)
         # What is entered last ends first: the doors, then the work.
         self._stack.callback(self.db.close)
         self._stack.callback(self._pulse_db.close)

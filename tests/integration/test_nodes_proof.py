@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import contextlib
+import hashlib
 import os
 import signal
 import threading
@@ -11,10 +12,12 @@ import unittest
 
 from tests.cluster import LEASE_S
 from tests.integration import nodes_case
+from tests.integration.compute import CALLER
 from tests.integration.compute import Compute
 from tests.integration.nodes_case import Filling
 from tests.integration.nodes_case import MIB
 from tests.integration.nodes_case import read
+from tests.integration.nodes_case import stored
 from volume import errors
 from volume import ids
 from volume.blockd import Blockd
@@ -55,6 +58,36 @@ class Proof(Filling):
         self.assertEqual(3, self.one.process.wait(30))
         self.assertEqual(before, cluster.dump())
         self.assertIn('an operator has fenced it', self.one.said())
+        with open(raw, 'rb') as f:
+            self.assertEqual(f.read(), self.bytes_of(cluster, volume_id))
+
+    def test_what_a_hanging_manager_has_open_to_fill_is_closed(self):
+        """Its own writer goes through its daemon, which no lock fences."""
+        cluster = self.slow()
+        size_bytes = 12 * MIB
+        raw, _ = self.image(cluster, size_bytes)
+        with open(raw, 'rb') as f:
+            digest = hashlib.sha256(f.read()).hexdigest()
+        volume_id = ids.new()
+        self.client().create_volume(
+            CALLER, volume_id, size_bytes=size_bytes, image={
+                'url': f'file://{raw}', 'format': 'raw',
+                # Then the bytes pass through the manager itself.
+                'checksum': f'sha256:{digest}',
+            },
+        )
+        daemon = Blockd(Node(self.one.state), self.one.state + '/blockd')
+        layers = os.path.join(cluster.root, 'layers')
+        cluster.until(
+            lambda: stored(layers) > 2 * MIB and daemon.export_ids(),
+            'bytes come',
+        )
+        self.assertEqual([], self.one.helpers())
+        self.one.signal(signal.SIGSTOP)
+        cluster.start('two')
+        cluster.api.wait(volume_id, 'available')
+        self.assertEqual(set(), daemon.export_ids())
+        self.assertEqual(-signal.SIGKILL, self.one.process.wait(10))
         with open(raw, 'rb') as f:
             self.assertEqual(f.read(), self.bytes_of(cluster, volume_id))
 

@@ -58,6 +58,29 @@ class Holding(unittest.TestCase):
             self.assertFalse(is_running(helper))
             self.assertEqual(-signal.SIGKILL, service.wait(10))
 
+    def test_a_neighbour_that_lets_go_in_time_is_not_ended(self):
+        service, helper = self.start_service()
+        timer = threading.Timer(0.2, end, [helper])
+        timer.start()
+        self.addCleanup(timer.join)
+        # Its helper ends, its command fails, and it lets go by itself.
+        with self.node.hold(exclusive=['v1'], grace_s=5.0):
+            pass
+        self.assertNotEqual(-signal.SIGKILL, service.wait(10))
+
+    def test_who_has_the_file_open_without_the_lock_is_not_ended(self):
+        service, _ = self.start_service()
+        waits = subprocess.Popen(
+            ['tail', '-f', os.path.join(self.directory, 'v1')],
+            stdout=subprocess.DEVNULL,
+        )
+        self.addCleanup(waits.wait)
+        self.addCleanup(waits.kill)
+        wait_for(lambda: opened(waits.pid, 'v1'))
+        with self.node.hold(exclusive=['v1']):
+            self.assertIsNone(waits.poll())
+        self.assertEqual(-signal.SIGKILL, service.wait(10))
+
     def test_lock_of_another_object_ends_nobody(self):
         service, helper = self.start_service()
         with self.node.hold(exclusive=['v2'], shared=['v3']):
@@ -68,7 +91,7 @@ class Holding(unittest.TestCase):
         heartbeat = os.path.join(self.node.state_dir, 'heartbeat')
         service = subprocess.Popen(
             [sys.executable, '-c', SERVICE, self.node.state_dir, heartbeat],
-            cwd=TOP,
+            cwd=TOP, stderr=subprocess.DEVNULL,
         )
         self.addCleanup(service.wait)
         self.addCleanup(service.kill)
@@ -250,3 +273,12 @@ def wait_for(happened):
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def opened(pid, name):
+    """Say whether a process has a file of that name open."""
+    fds = f'/proc/{pid}/fd'
+    return any(
+        os.readlink(os.path.join(fds, fd)).endswith(f'/{name}')
+        for fd in os.listdir(fds)
+    )

@@ -15,6 +15,7 @@ from tests import database
 from volume import errors
 from volume.db import migrate
 from volume.db import models
+from volume.db import schema
 from volume.db.engine import Database
 
 
@@ -133,11 +134,21 @@ class Migrations(unittest.TestCase):
         migrate.upgrade(self.db)  # again is nothing
         migrate.require(self.db)
 
+    def test_a_start_fills_an_empty_database_and_accepts_its_own_version(
+        self,
+    ):
+        self.assertEqual(schema.REVISION, migrate.newest())
+        for _ in range(2):
+            schema.ensure(self.db)
+            self.assertEqual(schema.REVISION, migrate.current(self.db))
+
     def test_a_newer_version_is_refused(self):
         migrate.upgrade(self.db)
         self.say(version='9999', oldest='9999')
         with self.assertRaisesRegex(errors.Invalid, '9999.*is newer'):
             migrate.require(self.db)
+        with self.assertRaises(errors.Invalid):
+            schema.ensure(self.db)
 
     def test_tables_of_somebody_else_are_left_alone(self):
         self.db.write(lambda s: s.execute(sqlalchemy.text(

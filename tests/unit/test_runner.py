@@ -262,6 +262,28 @@ class Sweeps(RunnerCase):
         self.assertEqual(1, self.sweep())
         self.assertEqual('done', self.state(row).state)
 
+    def test_a_job_of_a_volume_that_is_open_elsewhere_is_left_to_its_home(
+        self,
+    ):
+        mine = self.accept(owner=None, expires_at=0.0, node='node-1')
+        other = self.accept(owner=None, expires_at=0.0, node='node-2')
+        self.assertEqual(1, self.sweep())
+        self.assertEqual('done', self.state(mine).state)
+        self.clock.now += 3600
+        self.assertEqual(0, self.sweep())
+        with self.assertRaisesRegex(errors.Unknown, 'node fence node-2'):
+            self.runner.wait(other.id, 0.01)
+        database.add(self.db, models.Service(
+            host='node-2', owner='dead', roles=[], started_at=0.0,
+            heard_at=0.0, is_fenced=True,
+        ))
+        self.assertEqual(1, self.sweep())
+        self.assertEqual(
+            ('done', 'node-1'), (
+                self.state(other).state, self.state(other).node,
+            ),
+        )
+
     def test_of_two_sweepers_one_takes_the_job(self):
         rows = [
             self.accept(owner=None, expires_at=0.0) for _ in range(20)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where attachments are open, as rows say it: one service, others in words."""
+
+import contextlib
+import io
+import logging
+import os
+import unittest
+
+from sqlalchemy import update
+
+from tests.integration import serving
+from volume import ids
+from volume import periodic
+from volume.blockd import Blockd
+from volume.cli import manage
+from volume.context import Caller
+from volume.db import models
+from volume.verbs import attachments
+
+CALLER = Caller(project_id='default', user_id='u')
+CONNECTOR = {'host': 'compute-1', 'ip': '192.0.2.1'}
+LAYERS = '[q]\ndriver = qcow\ndirectories = {}\n'
+
+
+class Homes(unittest.TestCase):
+    def setUp(self):
+        directory = serving.fixtures.plain_directory(self, 'layers')
+        self.world = serving.World(
+            self, names='q', sections=LAYERS.format(directory)
+        )
+        self.core = self.world.core
+        self.backends = self.world.service.runner.backends
+        self.addCleanup(self.blockd().stop)
+
+    def blockd(self) -> Blockd:
+        return self.world.service.node.blockd
+
+    def attached(self):
+        """Return a volume that is attached here, and its attachment."""
+        volume = self.world.make()
+        made = attachments.create(
+            self.core, CALLER, volume['id'], ids.new(), CONNECTOR
+        )
+        attachments.complete(self.core, CALLER, made.id)
+        return volume['id'], made.id
+
+    def say(self, table, **values):
+        self.core.db.write(lambda s: s.execute(update(table).values(values)))
+
+    def home(self, attachment_id):
+        return self.core.db.read(
+            lambda s: s.get(models.Attachment, attachment_id)
+        ).node
+
+    def other(self, **values):
+        row = models.Service(**{
+            'host': 'node-2', 'owner': ids.new(), 'roles': ['manager'],
+            'started_at': 0.0, 'heard_at': 0.0, **values,
+        })
+        self.core.db.write(lambda s: s.add(row))
+
+    def settle(self):
+        serving.until(self.world.service.runner.busy, lambda count: not count)
+
+    def manage(self, *words):
+        path = os.path.join(self.world.directory, 'volume.conf')
+        for logger in logging.getLogger(), logging.getLogger('volume'):
+            self.addCleanup(setattr, logger, 'handlers', logger.handlers)
+            self.addCleanup(logger.setLevel, logger.level)
+        said, mask = io.StringIO(), os.umask(0o077)
+        try:
+            with contextlib.redirect_stderr(said):
+                with contextlib.redirect_stdout(said):
+                    code = manage.main(['--config-file', path, *words])
+        finally:
+            os.umask(mask)
+        return code, said.getvalue()
+
+    def test_an_attachment_says_where_it_is_open(self):
+        _, attachment_id = self.attached()
+        self.assertEqual('node-1', self.home(attachment_id))
+
+    def test_one_of_an_earlier_release_is_taken_in_where_it_is_open(self):
+        _, attachment_id = self.attached()
+        self.say(models.Attachment, node='')
+        periodic.restore_exports(self.core, self.backends)
+        self.assertEqual('node-1', self.home(attachment_id))
+
+    def test_what_is_open_elsewhere_is_not_exported_here_until_fenced(self):
+        _, attachment_id = self.attached()
+        self.blockd().unexport(attachment_id)
+        self.say(models.Attachment, node='node-2')
+        self.other()
+        self.assertEqual(
+            0, periodic.restore_exports(self.core, self.backends)
+        )
+        self.core.db.write(lambda s: s.execute(
+            update(models.Service).where(models.Service.host == 'node-2')
+            .values(is_fenced=True)
+        ))
+        self.assertEqual(
+            1, periodic.restore_exports(self.core, self.backends)
+        )
+        self.settle()
+        self.assertIn(attachment_id, self.blockd().export_ids())
+        self.assertEqual('node-1', self.home(attachment_id))
+
+    def test_an_export_that_has_moved_away_ends_here(self):
+        _, attachment_id = self.attached()
+        self.say(models.Attachment, node='node-2')
+        ended = periodic.end_orphan_exports(self.core, self.backends, set())
+        self.assertEqual([attachment_id], ended)
+        self.assertNotIn(attachment_id, self.blockd().export_ids())
+
+    def test_a_node_that_left_in_good_order_can_be_fenced_for_what_it_has(
+        self,
+    ):
+        self.attached()
+        code, said = self.manage('node', 'fence', 'node-2')
+        self.assertEqual((1, True), (code, 'there is no node' in said))
+        self.say(models.Attachment, node='node-2')
+        self.assertEqual(
+            (0, 'node node-2: fenced\n'),
+            self.manage('node', 'fence', 'node-2'),
+        )
+        code, said = self.manage('node', 'fence', 'node-1')
+        self.assertEqual((1, True), (code, 'stop it first' in said))
+
+    def test_reconcile_mends_nothing_while_another_works_there(self):
+        self.other(heard_at=self.core.db.clock(), backends={'q': ''})
+        self.world.service.stop()
+        code, said = self.manage('reconcile')
+        self.assertEqual(1, code)
+        self.assertIn('service node-2 works on q as well', said)
