@@ -66,7 +66,7 @@ class Homes(unittest.TestCase):
     def manage(self, *words):
         path = os.path.join(self.world.directory, 'volume.conf')
         for logger in logging.getLogger(), logging.getLogger('volume'):
-            self.addCleanup(setattr, logger, 'handlers', logger.handlers)
+            self.addCleanup(setattr, logger, 'handlers', [*logger.handlers])
             self.addCleanup(logger.setLevel, logger.level)
         said, mask = io.StringIO(), os.umask(0o077)
         try:

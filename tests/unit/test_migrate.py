@@ -18,7 +18,6 @@ from volume.db import models
 from volume.db import schema
 from volume.db.engine import Database
 
-
 # What migrations write themselves.
 OWN = {'alembic_version', 'compatibility'}
 

@@ -77,7 +77,11 @@ class Writer(io.RawIOBase):
 
     @abc.abstractmethod
     def commit(self) -> None:
-        """Make all that was written durable."""
+        """Make all that was written durable.
+
+        Also what another process (``qemu-img``) had written into the volume
+        before it was opened here.
+        """
 
 
 class Driver(abc.ABC):

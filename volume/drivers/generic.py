@@ -92,15 +92,19 @@ def nbd_reader(
 
 @contextlib.contextmanager
 def nbd_writer(
-    node: Node, blocknode: Mapping[str, Any]
+    node: Node, blocknode: Mapping[str, Any], path: str = ''
 ) -> Iterator[Writer]:
     """Open what QEMU can open, and nobody else uses, to be filled.
+
+    ``path`` is the file that takes the bytes, if they go into one. QEMU
+    flushes nothing that it has not written itself; with the path a commit
+    makes durable what another process wrote before, too.
 
     :raises NotFound: one of its files is not there
     :raises Busy: another process uses one of its files
     """
     with _private(node, blocknode, writable=True) as client:
-        writer = _NbdWriter(node, client)
+        writer = _NbdWriter(node, client, path)
         try:
             yield writer
         finally:
@@ -313,9 +317,10 @@ class _NbdReader(Reader):
 class _NbdWriter(Writer):
     """Writes through a private export; each request is an act."""
 
-    def __init__(self, node: Node, client: NbdClient) -> None:
+    def __init__(self, node: Node, client: NbdClient, path: str) -> None:
         self._node = node
         self._client = client
+        self._path = path
         self._position = 0
         self._failed = False
         self.size_bytes = client.size_bytes
@@ -353,6 +358,9 @@ class _NbdWriter(Writer):
                 'an earlier write to the volume failed; fill it again'
             )
         self._try('nbd flush', self._client.flush)
+        if self._path:
+            with self._node.open(self._path, 'rb+') as f:
+                f.sync()
 
     def _try(self, what: str, effect: Callable[[], None]) -> None:
         try:

@@ -496,7 +496,8 @@ class QcowDriver(
                 self.node, pool.layer_path(name), header.size_bytes
             )
         return generic.nbd_writer(
-            self.node, qcow_chain.blocknode(pool, chain, True)
+            self.node, qcow_chain.blocknode(pool, chain, True),
+            pool.layer_path(name),
         )
 
     def _check_depth(

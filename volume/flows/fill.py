@@ -399,7 +399,8 @@ def _convert_into(
         target_is_zero=True, file_bytes=grown, watch=way.watch,
         rate_bytes_per_s=way.rate_bytes_per_s,
     )
-    # qemu-img was told not to flush: here a lost write would be seen.
+    # qemu-img was told not to flush, for it would not say if that failed:
+    # the driver does it, and does.
     with driver.writer(volume) as writer:
         writer.commit()
 
