@@ -35,7 +35,7 @@ STALL_S = 300.0
 BYTES_PER_S_MIN = 1 << 20
 # How much larger than its disk the file of a format may grow.
 SLACK_BYTES = 64 << 20
-COROUTINES = '8'
+COROUTINES = '4'  # more are no quicker, and use more memory
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     'raw': (),
