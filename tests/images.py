@@ -245,6 +245,9 @@ HOSTILE: dict[str, tuple[str | None, Callable[[], bytes], str]] = {
     'vhd without its end': ('vhd', lambda: vhd(ends=False), 'cut off'),
     'vhd whose table points beyond its end': (
         'vhd', lambda: vhd(entries=(1 << 20,)), 'beyond its end'),
+    'vhd whose end says another size': (
+        'vhd', lambda: vhd()[:-SECTOR] + vhd_footer(3, VIRTUAL - SECTOR),
+        'differs'),
     'vhd whose table has a damaged header': (
         'vhd', lambda: flipped(vhd(), SECTOR + 700), 'checksum'),
     'vhd whose table is too small': (

@@ -8,6 +8,7 @@ mistake in ``vhd_layout`` is not made twice.
 from __future__ import annotations
 
 import bisect
+import functools
 import io
 import json
 import os
@@ -94,8 +95,9 @@ class Libvhdi:
         self._process.stdout.close()
         self._process.wait(30)
 
-    @classmethod
-    def missing(cls) -> str:
+    @staticmethod
+    @functools.cache
+    def missing() -> str:
         """Say why it cannot be used, if so."""
         found = os.path.exists(PYTHON) and not subprocess.run(
             [PYTHON, '-I', '-c', 'import pyvhdi'], capture_output=True,

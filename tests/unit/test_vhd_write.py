@@ -185,6 +185,9 @@ class Written(unittest.TestCase):
             [Extent(0, MIB, True), Extent(MIB + 512, MIB - 512, False)],
             [Extent(0, MIB, False), Extent(0, 2 * MIB, False)],
             [Extent(0, 3 * MIB, True)],
+            # A hole as long as what is told twice.
+            [Extent(0, MIB, True), Extent(MIB + 512, 512, False),
+             Extent(MIB + 512, MIB - 512, False)],
             [Extent(0, 2 * MIB, True), Extent(2 * MIB, -512, True)],
         ):
             with self.assertRaises(errors.Corrupt):
