@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests import images
+from tests import vhds
 from tests.integration import fill_case
 from tests.integration.fill_case import Case
 from tests.integration.fill_case import Remote
@@ -121,6 +122,26 @@ class Filling(Case):
                 self.fill(volume, self.file, url)
                 self.assert_filled(volume)
             self.driver.delete(volume)
+
+    def test_what_lies_in_unwritten_sectors_of_a_vhd_is_no_byte_of_it(
+        self,
+    ) -> None:
+        # Copied off a volume group, that is somebody's data.
+        blocks = range(-(-SIZE // (2 * images.MIB)))
+        made = vhds.craft(self.data, blocks, unset=range(3, 5000, 7))
+        path = os.path.join(self.images, 'old.vhd')
+        with open(path, 'wb') as f:
+            f.write(made)
+        self.data = vhds.naive(made)
+        for source, url in self.both(path):
+            for dirt in b'', b'\xee':
+                with self.subTest(url=url, dirt=dirt):
+                    volume = self.volume(dirt=dirt)
+                    self.fill(
+                        volume, source, url, declared_format='vhd',
+                        fresh=not dirt,
+                    )
+                    self.assert_filled(volume)
 
     def test_a_download_that_breaks_fills_the_same_bytes(self) -> None:
         for kind in ('raw', 'qcow2'):

@@ -30,6 +30,7 @@ from volume.node import Node
 from volume.transfer import convert
 from volume.transfer import copy
 from volume.transfer import formats
+from volume.transfer import vhd
 from volume.transfer.base import ImageStat
 from volume.transfer.base import Opened
 from volume.transfer.base import Source
@@ -314,6 +315,16 @@ class _Fill:
         self, image: Opened, info: formats.ImageInfo, way: Way
     ) -> None:
         """Convert from what was inspected, whatever its name means now."""
+        if info.format == 'vhd':
+            # QEMU takes no notice of which sectors a VHD says are unwritten,
+            # and would copy what happens to lie there.
+            image.seek(0)
+            disk = vhd.Disk([image], name=self.name)
+            _copy_into(
+                self.driver, self.volume, disk, info.virtual_size_bytes, way,
+                self.fresh, extents=disk.extents(),
+            )
+            return
         node = convert.image_node(fd_path(image), info.format)
         size_bytes = info.virtual_size_bytes
         convert.check(way.node, node, info.format, size_bytes)
