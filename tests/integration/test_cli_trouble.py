@@ -21,6 +21,13 @@ from volume.testing import fixtures
 MIB = 1 << 20
 SLOW = MIB  # bytes a second of an image copy
 
+INTERRUPTIBLE = """
+import signal, sys
+from volume.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main.main())
+"""
+
 
 class Waiting(commands.Cli):
 
@@ -74,8 +81,10 @@ class Waiting(commands.Cli):
 
     def test_who_presses_control_c_is_told_how_to_end_it(self):
         relay = commands.Relay(self, self.url, lambda method, path, body: body)
+        # Who runs the tests in the background has it ignored, and so have
+        # all that descend from there.
         waiting = subprocess.Popen(
-            [sys.executable, '-m', 'volume.cli.main', *self.image(30)],
+            [sys.executable, '-c', INTERRUPTIBLE, *self.image(30)],
             env=commands.environment(relay.url), stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )
