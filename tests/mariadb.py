@@ -22,6 +22,13 @@ class Mariadb(Server):
     """
 
     binary = 'mariadbd'
+    # Small, and quick by trusting the kernel.
+    settings: tuple[str, ...] = (
+        '--innodb-flush-log-at-trx-commit=2', '--innodb-doublewrite=0',
+        '--innodb-buffer-pool-size=32M', '--innodb-log-file-size=16M',
+        '--innodb-use-native-aio=0', '--performance-schema=0',
+        '--innodb-flush-method=nosync', '--sync-frm=0',
+    )
 
     def __init__(self) -> None:
         if not os.path.exists(DAEMON):
@@ -41,7 +48,7 @@ class Mariadb(Server):
         self.run([
             'mariadb-install-db', '--no-defaults', f'--datadir={self.data}',
             '--auth-root-authentication-method=normal', '--skip-test-db',
-            '--skip-name-resolve', *_small(),
+            '--skip-name-resolve', *self.settings,
         ])
 
     def argv(self) -> list[str]:
@@ -57,17 +64,8 @@ class Mariadb(Server):
             f'--pid-file={self.directory}/pid', f'--init-file={users}',
             f'--tmpdir={self.directory}', '--max-connections=200',
             '--character-set-server=utf8mb4',
-            '--collation-server=utf8mb4_general_ci', *_small(),
+            '--collation-server=utf8mb4_general_ci', *self.settings,
         ]
 
     def drop(self, url: str) -> None:
         self.execute(f'DROP DATABASE IF EXISTS {make_url(url).database}')
-
-
-def _small() -> list[str]:
-    return [
-        '--innodb-flush-log-at-trx-commit=2', '--innodb-doublewrite=0',
-        '--innodb-buffer-pool-size=32M', '--innodb-log-file-size=16M',
-        '--innodb-use-native-aio=0', '--performance-schema=0',
-        '--innodb-flush-method=nosync', '--sync-frm=0',
-    ]

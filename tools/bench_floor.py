@@ -16,8 +16,6 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from demo_web import ImageServer
-
 MIB = 1 << 20
 COMMITS = 200
 TIMES = 7
@@ -30,29 +28,18 @@ def measure(directory: str) -> dict[str, float]:
     made = os.path.join(directory, 'floor.qcow2')
     floor['qemu_img_create'] = median(lambda: _run(
         'qemu-img', 'create', '-q', '-f', 'qcow2', made, '1G'
-    ), lambda: _gone(made))
+    ), lambda: gone(made))
     raw, qcow2 = sources(directory)
-    def convert(source: str, form: str) -> None:
-        _run('qemu-img', 'convert', '-f', form, '-O', 'qcow2', source, made)
 
     def clear() -> None:
-        _gone(made)
+        gone(made)
 
     for name, source, form in (
         ('convert_raw', raw, 'raw'), ('convert_qcow2', qcow2, 'qcow2'),
     ):
         floor[name] = median(
-            functools.partial(convert, source, form), clear
+            functools.partial(convert, source, form, made), clear
         )
-    # What a service must do beyond it: the bytes are durable, and checked.
-    floor['convert_raw_durable'] = median(
-        lambda: (convert(raw, 'raw'), _run('sync', made)), clear
-    )
-    if shutil.which('curl'):
-        with ImageServer(directory) as web:
-            floor['download'] = median(lambda: _run(
-                'curl', '-sS', '-o', made, web.url(raw)
-            ), clear)
     try:
         floor['reflink'] = median(
             lambda: _run('cp', '--reflink=always', raw, made),
@@ -60,7 +47,7 @@ def measure(directory: str) -> dict[str, float]:
         )
     except subprocess.CalledProcessError:
         pass  # this file system has none
-    _gone(made)
+    gone(made)
     return floor
 
 
@@ -78,6 +65,25 @@ def sources(directory: str) -> tuple[str, str]:
         _run('qemu-img', 'convert', '-f', 'raw', '-O', 'qcow2', raw, qcow2)
         _run('sync', qcow2)
     return raw, qcow2
+
+
+def convert(source: str, form: str, made: str) -> None:
+    """Have ``qemu-img`` make a qcow2 image; in the page cache alone."""
+    _run('qemu-img', 'convert', '-f', form, '-O', 'qcow2', source, made)
+
+
+def convert_durably(source: str, form: str, made: str) -> None:
+    """Convert, and wait until it is on the disk, as a service must."""
+    convert(source, form, made)
+    _run('sync', made)
+
+
+def download(url: str, path: str) -> bool:
+    """Fetch by http into a file; say if there is a tool for it here."""
+    if shutil.which('curl') is None:
+        return False
+    _run('curl', '-sS', '-o', path, url)
+    return True
 
 
 def median(
@@ -113,6 +119,7 @@ def _run(*argv: str) -> None:
     subprocess.run(argv, check=True, stderr=subprocess.DEVNULL)
 
 
-def _gone(path: str) -> None:
+def gone(path: str) -> None:
+    """Remove a file, if it is there."""
     if os.path.exists(path):
         os.unlink(path)

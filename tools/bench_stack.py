@@ -51,15 +51,18 @@ def figures(options: argparse.Namespace, root: str) -> Iterator[Figure]:
     os.makedirs(root)
     port = free_port()
     with contextlib.ExitStack() as ends:
-        database, broker = mariadb.MariaDB(), rabbit.Rabbit()
+        database, broker = mariadb.Mariadb(), rabbit.Rabbit()
+        # As durable as it is by itself, and as large as the peer's.
+        database.settings = '--innodb-buffer-pool-size=512M',
         for server in database, broker:
             ends.callback(server.remove)
             server.start()
+        url = database.create()
         stack = Stack(root)
         stack.configure({
             name: CONFIGURATION.format(
                 name=name, root=root, port=port, transport=broker.url,
-                database=database.url(),
+                database=url,
                 backends='nothing' if name == 'manager' else '',
                 concurrency=f'concurrency = {options.concurrency}',
             )

@@ -207,7 +207,7 @@ class _Filler:
             is_attached = number < self._size.attachments
             yield {
                 'id': ids.new(), 'project_id': _project(number),
-                'user_id': 'filler', 'name': f'volume-{number}',
+                'user_id': 'filler', 'name': f'fill-{number}',
                 'meta': {'number': str(number), 'tier': str(number % 3)},
                 'status': 'in-use' if is_attached else 'available',
                 'backend': place.backend, 'pool': place.pool,

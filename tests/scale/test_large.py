@@ -22,7 +22,7 @@ LISTS = (
     '/volumes/detail?limit=1000&all_tenants=1',
     '/volumes?limit=20&sort=created_at:asc',
     '/volumes?limit=20&status=available',
-    '/volumes?limit=20&name=volume-7',
+    '/volumes?limit=20&name=fill-7',
     '/volumes/detail?limit=20&with_count=1',
     '/snapshots/detail?limit=100',
     '/snapshots?limit=20&all_tenants=1',
@@ -62,7 +62,7 @@ class Large(unittest.TestCase):
         cls.small = scale_case.World(case, scale_case.SMALL)
         cls.volume_ids = {
             world: world.one(select(models.Volume.id).where(
-                models.Volume.name == 'volume-7'
+                models.Volume.name == 'fill-7'
             )) for world in (cls.small, cls.large)
         }
 
