@@ -343,23 +343,29 @@ class Words(unittest.TestCase):
 def answers(test, answer):
     """Return the URL of a server that answers all with these bytes."""
     listening = socket.create_server(('127.0.0.1', 0))
+    address = listening.getsockname()
+    ended = threading.Event()
 
     def serve():
         while True:
-            try:
-                peer, _ = listening.accept()
-            except OSError:
-                return
+            peer, _ = listening.accept()
             with peer:
+                if ended.is_set():
+                    return
                 peer.recv(65536)
                 peer.sendall(answer)
 
+    def end():
+        # A greenthread that accepts is woken by a connection alone.
+        ended.set()
+        socket.create_connection(address).close()
+        thread.join()
+        listening.close()
+
     thread = threading.Thread(target=serve)
     thread.start()
-    test.addCleanup(thread.join)
-    test.addCleanup(listening.close)
-    test.addCleanup(listening.shutdown, socket.SHUT_RDWR)
-    return f'http://127.0.0.1:{listening.getsockname()[1]}/v3'
+    test.addCleanup(end)
+    return f'http://127.0.0.1:{address[1]}/v3'
 
 
 if __name__ == '__main__':
