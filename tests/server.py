@@ -8,6 +8,7 @@ the machine has already is neither used nor disturbed.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import itertools
 import os
@@ -27,7 +28,7 @@ END_S = 30.0
 NOBODY = 65534
 
 
-class Server:
+class Server(abc.ABC):
     """A database server; ``start`` it, then ``create`` databases."""
 
     binary = ''
@@ -49,16 +50,17 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
+    @abc.abstractmethod
     def url(self, name: str) -> str:
         """Return what the option ``database`` says."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lay_out(self) -> None:
         """Make the data directory."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def argv(self) -> list[str]:
-        raise NotImplementedError
+        """Return the command of the server, in the foreground."""
 
     def start(self) -> None:
         """Return when it answers."""
@@ -125,9 +127,9 @@ class Server:
         self.execute(f'CREATE DATABASE {name}')
         return self.url(name)
 
+    @abc.abstractmethod
     def drop(self, url: str) -> None:
         """Remove a database, whoever is connected to it."""
-        raise NotImplementedError
 
     def execute(self, statement: str) -> None:
         """Run a statement as the administrator, in no transaction."""
