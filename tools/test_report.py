@@ -3,8 +3,9 @@
 
 Arguments are those of ``stestr run``. What is skipped, and why, stands at
 the end, because a skip is a claim that nobody has checked on this machine.
-The closing line, alone on its line, is ``N passed, N failed, N skipped``;
-the exit code is stestr's.
+After it stands what each failed test left, so that the end of a long log
+has it. The closing line, alone on its line, is
+``N passed, N failed, N skipped``; the exit code is stestr's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subunit
 import testtools
 
 PASSED = ('success', 'xfail')
+WORDS = 40  # lines of each thing that a failed test left
 NEXT_STREAM = pathlib.Path('.stestr/next-stream')
 
 
@@ -62,17 +64,32 @@ def _report(outcomes: list[dict[str, Any]]) -> list[str]:
         if outcome['status'] == 'skip':
             skips[_reason(outcome)].append(outcome['id'])
         elif outcome['status'] not in PASSED:
-            failed.append(outcome['id'])
+            failed.append(outcome)
     lines = []
     for reason, names in sorted(skips.items()):
         lines.append(f'skipped, because {reason}:')
         lines += [f'    {name}' for name in sorted(names)]
     if failed:
+        for outcome in failed:
+            lines += _words(outcome)
         lines.append('failed:')
-        lines += [f'    {name}' for name in sorted(failed)]
+        lines += sorted(f'    {outcome["id"]}' for outcome in failed)
     skipped = sum(map(len, skips.values()))
     passed = len(outcomes) - len(failed) - skipped
     lines.append(f'{passed} passed, {len(failed)} failed, {skipped} skipped')
+    return lines
+
+
+def _words(outcome: dict[str, Any]) -> list[str]:
+    """Return the end of what a failed test left: traceback, log, output."""
+    lines = [f'{outcome["id"]}: {outcome["status"]}']
+    for name, detail in sorted(outcome['details'].items()):
+        text = detail.as_text().strip()
+        if text:
+            lines.append(f'  {name}:')
+            lines += [
+                f'    {line[:300]}' for line in text.splitlines()[-WORDS:]
+            ]
     return lines
 
 

@@ -295,6 +295,7 @@ class Process:
                 )
         finally:
             os.close(fd)
+            _reap()
 
     def _await_end(self, record: Record) -> None:
         deadline = time.monotonic() + STOP_S
@@ -419,9 +420,17 @@ def _start_time(pid: int) -> int | None:
             fields = f.read(4096).rpartition(b')')[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    if fields[0] in (b'Z', b'X'):
+    # A thread that writes may outlive the first one, which is shown.
+    if fields[0] == b'X' or (fields[0] == b'Z' and _threads(pid) < 2):
         return None
     return int(fields[19])
+
+
+def _threads(pid: int) -> int:
+    try:
+        return len(os.listdir(f'/proc/{pid}/task'))
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _reap() -> None:

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,15 @@ from volume import errors
 from volume import qmp
 from volume.blockd import Blockd
 from volume.node import Node
+
+# Its first thread ends, and another one lives on and heeds no SIGTERM.
+LAST_THREAD = """
+import ctypes, signal, threading, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=time.sleep, args=(60,)).start()
+print(flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
 
 
 class DaemonTest(BlockdCase):
@@ -123,19 +133,41 @@ class DaemonTest(BlockdCase):
         with self.assertRaises(ProcessLookupError):
             os.kill(pid, 0)
 
+    def test_daemon_whose_last_thread_lives_is_not_taken_for_dead(
+        self
+    ) -> None:
+        self.blockd.ensure()
+        self.blockd.stop()
+        with subprocess.Popen(
+            [sys.executable, '-c', LAST_THREAD], stdout=subprocess.PIPE
+        ) as half:
+            try:
+                half.stdout.readline()
+                fields = []
+                while fields[:1] != ['Z']:
+                    with open(f'/proc/{half.pid}/stat') as f:
+                        fields = f.read().rpartition(')')[2].split()
+                self.record(half.pid, int(fields[19]))
+                self.blockd.stop()
+                self.assertEqual(-signal.SIGKILL, half.wait(10))
+            finally:
+                half.kill()
+
+    def record(self, pid: int, start: int) -> None:
+        """Leave word that the daemon is this process."""
+        record = {
+            'address': os.path.join(self.directory, 'nbd'),
+            'pid': pid, 'start': start,
+        }
+        with open(os.path.join(self.directory, 'daemon.json'), 'w') as f:
+            json.dump(record, f)
+
     def test_stop_never_ends_a_process_that_got_the_pid_later(self) -> None:
         self.blockd.ensure()
         self.blockd.stop()
         with subprocess.Popen(['sleep', '60']) as bystander:
             try:
-                record = {
-                    'address': os.path.join(self.directory, 'nbd'),
-                    'pid': bystander.pid, 'start': 1,
-                }
-                with open(
-                    os.path.join(self.directory, 'daemon.json'), 'w'
-                ) as f:
-                    json.dump(record, f)
+                self.record(bystander.pid, 1)
                 self.blockd.stop()
                 self.assertIsNone(bystander.poll())
                 self.assertTrue(self.blockd.ensure())

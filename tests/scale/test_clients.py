@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two hundred clients at once, over sockets that they keep."""
 
-import contextlib
 import http.client
 import itertools
 import json
-import threading
+import selectors
 import unittest
 
 from tests import process
@@ -20,53 +19,56 @@ HEADERS = {
 }
 
 
-class Client(threading.Thread):
-    """One client: it makes a volume, looks at it, and lists."""
+class Client:
+    """One client: it lists, makes a volume, and looks at it."""
 
-    def __init__(self, test, url, number):
-        super().__init__(daemon=True)
-        self.test = test
+    def __init__(self, url, number):
         self.connection = http.client.HTTPConnection(
             url.split('/')[2], timeout=WAIT_S
         )
+        self.connection.connect()
         # What was refused or reset is not asked again behind our back.
         self.connection.auto_open = 0
-        self.number = number
+        self.name = f'volume-{number}'
         self.volume_id = ''
-        self.failed = None
         self.answered = []
+        self.talk = self.work()
+        self.wanted = next(self.talk)
 
-    def run(self):
-        try:
-            with contextlib.closing(self.connection):
-                self.connection.connect()
-                self.test.barrier.wait(WAIT_S)
-                self.work()
-        except Exception as failed:
-            self.failed = failed
+    def fileno(self):
+        return self.connection.sock.fileno()
 
     def work(self):
         for _ in range(ROUNDS):
-            self.ask('GET', '/v3/volumes/detail?limit=20')
-        made = self.ask('POST', '/v3/volumes', {'volume': {
-            'size': 1, 'name': f'volume-{self.number}',
-        }})
+            yield 'GET', '/v3/volumes/detail?limit=20', None
+        made = yield 'POST', '/v3/volumes', {
+            'volume': {'size': 1, 'name': self.name},
+        }
         self.volume_id = made['volume']['id']
-        seen = self.ask('GET', f'/v3/volumes/{self.volume_id}')
-        if seen['volume']['name'] != f'volume-{self.number}':
+        seen = yield 'GET', f'/v3/volumes/{self.volume_id}', None
+        if seen['volume']['name'] != self.name:
             raise AssertionError(seen)
 
-    def ask(self, method, path, body=None):
+    def ask(self):
+        method, path, body = self.wanted
         data = None if body is None else json.dumps(body)
         self.connection.request(method, path, data, HEADERS)
+
+    def hear(self, number):
+        """Take an answer; say whether there is more to ask."""
         answer = self.connection.getresponse()
         text = answer.read()
         if answer.status >= 300:
             raise AssertionError(f'{answer.status}: {text[:300]}')
         if answer.getheader('Connection') == 'close':
             raise AssertionError('the connection was not kept')
-        self.answered.append(next(self.test.answers))
-        return json.loads(text)
+        self.answered.append(number)
+        try:
+            self.wanted = self.talk.send(json.loads(text))
+        except StopIteration:
+            self.connection.close()
+            return False
+        return True
 
 
 class Clients(unittest.TestCase):
@@ -76,21 +78,12 @@ class Clients(unittest.TestCase):
             'directories = {root}/pool\noversubscription = 1000\n'
         ))
         self.service.start()
-        self.barrier = threading.Barrier(CLIENTS)
-        self.answers = itertools.count()
 
     def test_each_of_200_is_served_in_its_turn_and_none_is_refused(self):
         clients = [
-            Client(self, self.service.url, number)
-            for number in range(CLIENTS)
+            Client(self.service.url, number) for number in range(CLIENTS)
         ]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join(WAIT_S)
-        self.assertEqual(
-            [], [each.failed for each in clients if each.failed]
-        )
+        self.talk(clients)
         self.assertEqual(
             CLIENTS * (ROUNDS + 2), sum(len(c.answered) for c in clients)
         )
@@ -99,6 +92,26 @@ class Clients(unittest.TestCase):
             self.assertEqual('available', row['status'], row['reason'])
         self.assert_nobody_waits_for_ever(clients)
         self.assertLess(self.most_resident_mib(), RESIDENT_MIB)
+
+    def talk(self, clients):
+        """Have all ask at once, and each again when it has its answer.
+
+        In one thread: with one for each, the order would be that of this
+        process's scheduler, and not of the service.
+        """
+        numbers = itertools.count()
+        with selectors.DefaultSelector() as waiting:
+            for client in clients:
+                client.ask()
+                waiting.register(client, selectors.EVENT_READ)
+            while waiting.get_map():
+                ready = waiting.select(WAIT_S)
+                self.assertTrue(ready, 'nobody was answered')
+                for key, _ in ready:
+                    waiting.unregister(key.fd)
+                    if key.fileobj.hear(next(numbers)):
+                        key.fileobj.ask()
+                        waiting.register(key.fileobj, selectors.EVENT_READ)
 
     def most_resident_mib(self):
         with open(f'/proc/{self.service.process.pid}/status') as f:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
 import re
 import struct
@@ -251,10 +252,11 @@ def openers(paths: frozenset[str], command: str) -> list[int]:
             with open(f'/proc/{pid}/comm') as f:
                 if f.read().strip() != command:
                     continue
-            links = f'/proc/{pid}/fd'
             if any(
-                os.readlink(os.path.join(links, fd)) in paths
-                for fd in os.listdir(links)
+                os.readlink(link) in paths
+                # Not of the process: one whose first thread has ended has
+                # none there, and another one may still write.
+                for link in glob.iglob(f'/proc/{pid}/task/*/fd/*')
             ):
                 found.append(int(pid))
     return found
