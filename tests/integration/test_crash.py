@@ -59,7 +59,10 @@ class Crash(unittest.TestCase):
         with open(self.report) as f:
             report = json.load(f)
         self.assertEqual([], report['differences'])
-        self.assertEqual({'service', 'daemon', 'helper'}, {*report['kills']})
+        # A long run kills all of them at once, too.
+        self.assertLessEqual(
+            {'service', 'daemon', 'helper'}, {*report['kills']}
+        )
         self.assertGreater(report['verified_bytes'], 1 << 20)
         self.assertIn('nothing differs', said)
         self.assertEqual(['report.json'], os.listdir(self.root))
