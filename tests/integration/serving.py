@@ -58,7 +58,8 @@ class World:
                 f'{database.option(test, settings)}'
                 # Nothing periodic between a test's statements.
                 + unless(settings, 'stats_interval_s = 600')
-                + unless(settings, 'sweep_interval_s = 600') +
+                + unless(settings, 'sweep_interval_s = 600')
+                + unless(settings, 'reservation_timeout_s = 86400') +
                 f'image_allowed_directories = {self.images}\n'
                 f'image_upload_directories = {self.images}\n'
                 f'{settings}\n'
