@@ -204,7 +204,8 @@ class VolumeManager:
         mode: str = 'rw',
     ) -> Json:
         return attachments.connect(
-            self.core, caller, volume_id, connector, mode=mode
+            self.core, caller, volume_id, connector, mode=mode,
+            with_secrets=True,
         )
 
     @verb()

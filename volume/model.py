@@ -30,13 +30,17 @@ class Volume:
 
     ``id`` is a UUID in lower case, minted by the caller before the first
     call; ``handle`` is the driver's own name for it, empty before
-    ``create`` has returned.
+    ``create`` has returned. ``note`` is what ``Describe.describe`` will be
+    told right after ``create``: a driver may write it with the volume.
     """
 
     id: str
     pool: str
     size_bytes: int
     handle: str = ''
+    note: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, hash=False, compare=False, repr=False
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,12 +108,19 @@ class Device:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Host:
-    """Who attaches a volume."""
+    """Who attaches a volume.
+
+    ``properties`` is what else its connectors say of it, each key with the
+    protocol's name in front (``xensm_pool``): short texts, no secret.
+    """
 
     name: str
     addresses: tuple[str, ...] = ()
     iqn: str | None = None
     nqn: str | None = None
+    properties: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,11 +129,16 @@ class Connection:
 
     ``protocol`` is the ``driver_volume_type`` of the compute side
     (``nbd``, ``local``, ``iscsi`` …), ``fields`` its data; JSON values
-    only.
+    only. ``secrets`` are further fields that nobody may keep: they go to
+    the host in the reply to its RPC, and neither into the database nor
+    through REST.
     """
 
     protocol: str
     fields: Mapping[str, object]
+    secrets: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, hash=False, repr=False
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

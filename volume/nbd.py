@@ -2,10 +2,10 @@
 """A small NBD client: one connection, one request at a time.
 
 Fixed newstyle, ``NBD_OPT_GO``, structured replies and ``base:allocation``,
-over a unix or TCP socket, without TLS. What the server says is believed in
-nothing: lengths are bounded before a byte is received, every byte of a read
-must have come exactly once, and after the first doubt the connection is
-never used again.
+over a unix or TCP socket, with TLS if the caller says how. What the server
+says is believed in nothing: lengths are bounded before a byte is received,
+every byte of a read must have come exactly once, and after the first doubt
+the connection is never used again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import socket
 import struct
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from volume import errors
 from volume import model
+from volume.nbdaddress import connect
+from volume.nbdaddress import parse as parse
 
 T = TypeVar('T')
 
@@ -35,7 +36,8 @@ SIMPLE_MAGIC = 0x67446698
 STRUCTURED_MAGIC = 0x668E33EF
 
 FIXED_NEWSTYLE, NO_ZEROES = 1, 2
-OPT_GO, OPT_STRUCTURED_REPLY, OPT_SET_META_CONTEXT = 7, 8, 10
+OPT_STARTTLS, OPT_GO, OPT_STRUCTURED_REPLY = 5, 7, 8
+OPT_SET_META_CONTEXT = 10
 REP_ACK, REP_INFO, REP_META_CONTEXT, REP_ERROR = 1, 3, 4, 1 << 31
 REP_UNKNOWN = REP_ERROR + 6
 INFO_EXPORT = 0
@@ -95,8 +97,16 @@ class _Answer:
 class NbdClient:
     """One export of an NBD server."""
 
-    def __init__(self, uri: str, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        uri: str,
+        timeout_s: float = 60.0,
+        secure: Callable[[socket.socket], socket.socket] | None = None,
+    ) -> None:
         """Connect and negotiate.
+
+        ``secure`` puts TLS on the connection, and knows whom to trust;
+        nothing of the export is said before.
 
         :raises Invalid: this is no NBD URI
         :raises Unavailable: the server does not answer
@@ -113,9 +123,9 @@ class NbdClient:
         self._context: int | None = None
         self._flags = 0
         self.size_bytes = 0
-        self._sock: socket.socket | None = _connect(address, timeout_s)
+        self._sock: socket.socket | None = connect(address, timeout_s)
         try:
-            self._negotiate(name)
+            self._negotiate(name, secure)
         except errors.Unknown as failed:
             self._drop()
             raise errors.Unavailable(
@@ -128,6 +138,11 @@ class NbdClient:
     @property
     def is_read_only(self) -> bool:
         return bool(self._flags & READ_ONLY)
+
+    @property
+    def knows_extents(self) -> bool:
+        """Whether the server tells what is zero."""
+        return self._context is not None
 
     def pread_into(self, buffer: Any, offset_bytes: int) -> None:
         """Fill the whole buffer with the bytes at an offset.
@@ -230,7 +245,11 @@ class NbdClient:
 
     # Negotiation.
 
-    def _negotiate(self, name: bytes) -> None:
+    def _negotiate(
+        self,
+        name: bytes,
+        secure: Callable[[socket.socket], socket.socket] | None,
+    ) -> None:
         deadline = time.monotonic() + self._timeout_s
         greeting = self._receive(GREETING.size, deadline)
         magic, option_magic, flags = GREETING.unpack(greeting)
@@ -240,11 +259,23 @@ class NbdClient:
             raise errors.Unsupported('the NBD server is too old')
         ours = FIXED_NEWSTYLE | flags & NO_ZEROES
         self._send(struct.pack('>I', ours), deadline)
+        if secure is not None:
+            replies = self._option(OPT_STARTTLS, b'', deadline)
+            if replies != [(REP_ACK, b'')]:
+                raise errors.Unavailable('the NBD server has no TLS')
+            self._io(functools.partial(self._wrap, secure), deadline)
         replies = self._option(OPT_STRUCTURED_REPLY, b'', deadline)
         self._structured = replies[-1][0] == REP_ACK
         if self._structured:
             self._ask_context(name, deadline)
         self._go(name, deadline)
+
+    def _wrap(
+        self,
+        secure: Callable[[socket.socket], socket.socket],
+        sock: socket.socket,
+    ) -> None:
+        self._sock = secure(sock)
 
     def _ask_context(self, name: bytes, deadline: float) -> None:
         query = struct.pack('>I', len(BASE_ALLOCATION)) + BASE_ALLOCATION
@@ -513,54 +544,6 @@ class NbdClient:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
-
-
-def parse(uri: str) -> tuple[str | tuple[str, int], bytes]:
-    """Return address and export name of an NBD URI.
-
-    :raises Invalid: it is none
-    """
-    try:
-        parts = urllib.parse.urlsplit(uri)
-        name = urllib.parse.unquote(parts.path.removeprefix('/')).encode()
-        query = urllib.parse.parse_qs(parts.query, strict_parsing=bool(
-            parts.query
-        ))
-        if len(name) > 4096:
-            raise ValueError('its export name is too long')
-        if parts.scheme == 'nbd+unix':
-            if set(query) != {'socket'} or parts.netloc:
-                raise ValueError('it needs ?socket=PATH, and no host')
-            return query['socket'][0], name
-        if parts.scheme == 'nbd' and parts.hostname and not query:
-            return (parts.hostname, parts.port or 10809), name
-        raise ValueError('it is not nbd:// or nbd+unix://')
-    except ValueError as failed:
-        raise errors.Invalid(
-            f'{uri!r:.200} is no NBD URI of ours: {failed}'
-        ) from failed
-
-
-def _connect(
-    address: str | tuple[str, int], timeout_s: float
-) -> socket.socket:
-    try:
-        if isinstance(address, tuple):
-            sock = socket.create_connection(address, timeout_s)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(timeout_s)
-            sock.connect(address)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-    except OSError as failed:
-        raise errors.Unavailable(
-            f'no NBD server at {address}: {failed}'
-        ) from failed
 
 
 def _refusal(error: int, what: str) -> errors.VolumeError:

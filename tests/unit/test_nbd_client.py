@@ -463,6 +463,34 @@ class NbdClientTest(unittest.TestCase):
                 self.assertEqual(DATA[:100], buffer)
 
 
+class TlsTest(unittest.TestCase):
+    def test_server_without_tls_is_told_nothing(self) -> None:
+        asked: list[int] = []
+
+        def options(option: int) -> bytes:
+            asked.append(option)
+            return option_reply(option, nbd.REP_ERROR + 1)
+
+        def secure(sock: socket.socket) -> socket.socket:
+            raise AssertionError('TLS, where there is none')
+
+        with self.assertRaises(errors.Unavailable):
+            nbd.NbdClient(
+                Server(self, options=options).uri, TIMEOUT_S, secure)
+        self.assertEqual([nbd.OPT_STARTTLS], asked)
+
+    def test_bytes_before_tls_are_not_believed(self) -> None:
+        def options(option: int) -> bytes:
+            return option_reply(option, nbd.REP_INFO, b'x') + option_reply(
+                option, nbd.REP_ACK)
+
+        with self.assertRaises(errors.Unavailable):
+            nbd.NbdClient(
+                Server(self, options=options).uri, TIMEOUT_S,
+                lambda sock: sock,
+            )
+
+
 class UriTest(unittest.TestCase):
     def test_uris_name_address_and_export(self) -> None:
         self.assertEqual(

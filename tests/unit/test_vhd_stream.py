@@ -89,6 +89,21 @@ class Taken(unittest.TestCase):
                 got, _ = taken(wire)
                 self.assertEqual(vhds.naive(data), got)
 
+    def test_which_blocks_will_come_is_known_first(self) -> None:
+        disk = vhds.Model(9 * MIB, {2 * MIB: b'x', 6 * MIB - 1: b'yz'})
+        image = vhd_write.Dynamic(
+            disk.size_bytes, disk.extents(), uuid=PARENT)
+        data = b''.join(map(bytes, image.chunks(disk)))
+        for length, wanted in (
+            (2048 + 512, [(0, 2, True), (2, 6, False), (8, 1, True)]),
+            (len(data), [(0, 2, True), (2, 6, False), (8, 1, True)]),
+        ):
+            stream = vhd_stream.Stream(vhds.Wire(data[:length]))
+            self.assertEqual(wanted, [
+                (run.offset_bytes // MIB, run.length_bytes // MIB,
+                 run.is_zero) for run in stream.blocks()
+            ])
+
     def test_zeros_are_not_passed_on(self) -> None:
         disk = bytearray(4 * MIB)
         disk[MIB:MIB + 5] = b'hello'

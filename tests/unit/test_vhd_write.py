@@ -109,6 +109,36 @@ class Written(unittest.TestCase):
         self.assertEqual(image.length_bytes, sent)
         self.assertEqual(used * 2 * MIB, disk.read_bytes)
 
+    def test_a_disk_that_is_written_makes_the_same_vhd(self) -> None:
+        for size in SIZES[:-1]:
+            disk = vhds.Model.random(size, self.chance)
+            image = vhd_write.Dynamic(
+                size, disk.extents(), uuid=new_id(self.chance))
+            wanted = b''.join(map(bytes, image.chunks(disk)))
+            sent = bytearray()
+            feed = vhd_write.Feed(image, sent.extend)
+            for at, data in disk.runs:
+                # In pieces, and the zeros between them not at all.
+                for start in range(0, len(data), 700_000):
+                    piece = data[start:start + 700_000]
+                    feed.write(at + start, memoryview(piece))
+            feed.finish()
+            with self.subTest(size=size):
+                self.assertEqual(wanted, bytes(sent))
+
+    def test_what_was_to_be_zero_cannot_be_written(self) -> None:
+        image = vhd_write.Dynamic(
+            8 * MIB,
+            [Extent(0, 2 * MIB, False), Extent(2 * MIB, 6 * MIB, True)],
+            uuid=new_id(self.chance),
+        )
+        feed = vhd_write.Feed(image, lambda chunk: None)
+        feed.write(MIB, memoryview(b'x' * 512))
+        with self.assertRaises(errors.Unsupported):
+            feed.write(0, memoryview(b'x' * 512))
+        with self.assertRaises(errors.Conflict):
+            feed.write(2 * MIB - 512, memoryview(b'x' * 1024))
+
     def test_the_length_is_known_for_the_largest_disk(self) -> None:
         size = 2040 << 30
         data = Extent(0, size, False)

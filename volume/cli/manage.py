@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from volume import reconcile
 from volume import report
 from volume.blockd import Blockd
 from volume.cli import manage_status
+from volume.cli import manage_xensm
 from volume.db import history
 from volume.db import migrate
 from volume.db import models
@@ -187,6 +189,37 @@ def status_command(args: Args) -> int:
     return manage_status.run(_ready(conf), conf, args)
 
 
+def xensm_command(args: Args) -> int:
+    """Look after the SRs of a XenServer or XCP-ng pool.
+
+    probe finds what an SR can be made of, and prints the section to paste;
+    repair plugs SRs in, host by host; orphans lists VDIs that bear our keys
+    and are not what these say; chains says how long the chains are.
+    """
+    conf = _conf(args)
+    state = os.path.abspath(conf.state_path)
+
+    def known() -> set[str]:
+        db = _ready(conf)
+        found: set[str] = set()
+        for row in models.Volume, models.Snapshot:
+            query = select(row.id).where(row.deleted_at.is_(None))
+            found.update(db.read(functools.partial(_all, query)))
+        return found
+
+    return manage_xensm.run(
+        args, {
+            name: backend.conf for name, backend in _load(conf).items()
+            if backend.conf is not None and backend.conf.driver == 'xensm'
+        }, Node(state, os.path.abspath(conf.lock_path)), known,
+        lambda rows: _show(rows, args),
+    )
+
+
+def _all(query: sqlalchemy.Select[str], session: Session) -> list[str]:
+    return list(session.scalars(query))
+
+
 def node_command(args: Args) -> int:
     """Let another node's jobs be taken over: its operator swears it is dead.
 
@@ -292,6 +325,10 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         '--all', action='store_true', help='leave nothing out of the lists'
     )
+    xensm = add(
+        'xensm', xensm_command, 'look after the SRs of a XenServer pool'
+    )
+    manage_xensm.add_arguments(xensm)
     node = add('node', node_command, 'fence a dead node')
     node.add_argument('action', choices=['fence', 'unfence'])
     node.add_argument('node')

@@ -48,6 +48,7 @@ def properties(name: str = '') -> dict[str, Any]:
         ):
             if value:
                 known[key] = value
+        known.update(host.properties)
     return {**known, 'host': name or socket.gethostname()}
 
 

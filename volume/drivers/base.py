@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import abc
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -70,6 +70,16 @@ class Writer(io.RawIOBase):
     """
 
     size_bytes: int
+
+    def expect(self, extents: Iterable[model.Extent]) -> None:
+        """Hear, before the first write, what will be written.
+
+        The runs ascend and cover ``size_bytes``. Nothing will be written
+        where they are zero; and unless the volume is new, nothing will be
+        skipped: what is not written will be made zero. A driver that sends
+        bytes in one stream can then leave out what is empty. Whoever does
+        not know calls nothing; a driver need not listen, as here.
+        """
 
     @abc.abstractmethod
     def zero(self, offset_bytes: int, length_bytes: int) -> None:

@@ -83,7 +83,7 @@ def nbd_reader(
     :raises Busy: another process writes to one of its files
     """
     with _private(node, blocknode, writable=False) as client:
-        reader = _NbdReader(client)
+        reader = NbdReader(client)
         try:
             yield reader
         finally:
@@ -283,8 +283,8 @@ class _FileWriter(Writer):
             raise
 
 
-class _NbdReader(Reader):
-    """Reads through a private export."""
+class NbdReader(Reader):
+    """Reads an export."""
 
     def __init__(self, client: NbdClient) -> None:
         self._client = client

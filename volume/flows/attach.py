@@ -27,14 +27,18 @@ from volume.journal import Effect
 from volume.journal import Job
 from volume.verbs import access
 from volume.verbs import checks
+from volume.verbs.attachments import SECRET_KEYS
 
 
 def export(job: Job) -> Effect:
     attachment_id = job.args['attachment_id']
     connector: Mapping[str, Any] = job.args['connector']
     mode = job.args['mode']
-    info = _export(job, attachment_id, connector, mode)
+    connection = _export(job, connector, mode)
+    info = _info(connection, job.volume().id, attachment_id, mode)
     job.answer['connection'] = info
+    # In memory alone: what is stored below never has them.
+    job.answer['secrets'] = dict(connection.secrets)
     row, node = job.volume_row(), _node(job)
     table = models.Attachment
 
@@ -76,6 +80,8 @@ def export(job: Job) -> Effect:
 
 
 def unexport(job: Job) -> None:
+    if job.args.get('is_connected'):
+        return  # a host works on it
     _unexport(job, job.args['attachment_id'], job.args['connector'])
 
 
@@ -234,32 +240,35 @@ def _node(job: Job) -> str:
 
 
 def _export(
-    job: Job, attachment_id: str, connector: Mapping[str, Any], mode: str
-) -> dict[str, Any]:
+    job: Job, connector: Mapping[str, Any], mode: str
+) -> model.Connection:
     driver = job.backend.need()
     volume, host = job.volume(), checks.host_of(connector)
     access = model.Access(mode)
     with job.backend.guard('export'):
         if isinstance(driver, base.NativeAccess):
-            connection = driver.grant(volume, host, access)
-        else:
-            exporter = _exporter(job)
-            connection = exporter.export(
-                attachment_id,
-                _device(job, driver, exporter, access, volume), host, access,
-            )
-    return _info(connection, volume.id, attachment_id, mode)
+            return driver.grant(volume, host, access)
+        exporter = _exporter(job)
+        return exporter.export(
+            job.args['attachment_id'],
+            _device(job, driver, exporter, access, volume), host, access,
+        )
 
 
 def _info(
     connection: model.Connection, volume_id: str, attachment_id: str,
     mode: str,
 ) -> dict[str, Any]:
-    """Return what the host is told."""
+    """Return what the host is told, but for the secrets: their names."""
+    named = (
+        {SECRET_KEYS: sorted(connection.secrets)} if connection.secrets
+        else {}
+    )
     return {
         'driver_volume_type': connection.protocol,
         'data': {
             **connection.fields,
+            **named,
             'volume_id': volume_id,
             'attachment_id': attachment_id,
             'access_mode': mode,

@@ -42,7 +42,7 @@ def look_first(job: Job) -> None:
 
 
 def create_empty(job: Job) -> Effect:
-    handle = job.backend.call('create', job.volume())
+    handle = job.backend.call('create', sidecar.unborn(job))
     sidecar.write(job)
     return _publish(job, handle)
 
@@ -53,7 +53,9 @@ def provision(job: Job) -> Effect:
     if source is not None and job.args['native']:
         handle = job.backend.call('clone', source, volume)
     else:
-        handle = job.backend.call('create', volume)
+        handle = job.backend.call(
+            'create', sidecar.unborn(job, is_filled=False)
+        )
     sidecar.write(job, is_filled=False)
     job.known[volume.id].handle = handle
     is_image = bool(job.volume_row().image)

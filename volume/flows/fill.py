@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from volume import errors
@@ -181,7 +181,7 @@ def copy_volume(
     with source_driver.reader(source) as reader:
         _copy_into(
             target_driver, volume, reader, source.size_bytes, way, fresh,
-            extents=reader.extents(),
+            extents=reader.extents,
         )
 
 
@@ -249,7 +249,8 @@ class _Fill:
             _copy_into(
                 self.driver, self.volume, image, size_bytes, self.way,
                 self.fresh,
-                extents=copy.file_extents(image.fileno(), size_bytes),
+                extents=lambda: copy.file_extents(
+                    image.fileno(), size_bytes),
                 wanted=self.wanted, name=self.name,
             )
             return info
@@ -322,7 +323,7 @@ class _Fill:
             disk = vhd.Disk([image], name=self.name)
             _copy_into(
                 self.driver, self.volume, disk, info.virtual_size_bytes, way,
-                self.fresh, extents=disk.extents(),
+                self.fresh, extents=disk.extents,
             )
             return
         node = convert.image_node(fd_path(image), info.format)
@@ -341,7 +342,7 @@ class _Fill:
             )
             _copy_into(
                 self.driver, self.volume, raw, size_bytes, way, self.fresh,
-                extents=copy.file_extents(raw.fileno(), size_bytes),
+                extents=lambda: copy.file_extents(raw.fileno(), size_bytes),
             )
 
     def _check_sum(
@@ -424,15 +425,21 @@ def _copy_into(
     way: Way,
     fresh: bool,
     *,
-    extents: Iterator[model.Extent] | None = None,
+    extents: Callable[[], Iterator[model.Extent]] | None = None,
     wanted: copy.Checksum | None = None,
     name: str = '',
     accept: Callable[[], None] | None = None,
 ) -> None:
-    """Copy into a volume, and commit if the bytes are those wanted."""
+    """Copy into a volume, and commit if the bytes are those wanted.
+
+    ``extents`` may be called more than once.
+    """
     with driver.writer(volume) as writer:
+        known = extents() if extents else [model.Extent(0, size_bytes, False)]
+        writer.expect(_expected(known, size_bytes, writer.size_bytes))
         digest = copy.copy(
-            source, writer, size_bytes, extents=extents,
+            source, writer, size_bytes,
+            extents=extents() if extents else None,
             zero=None if fresh else writer.zero,
             algorithm=wanted.algorithm if wanted else None,
             rate_bytes_per_s=way.rate_bytes_per_s, watch=way.watch,
@@ -444,6 +451,20 @@ def _copy_into(
         if accept is not None:
             accept()
         writer.commit()
+
+
+def _expected(
+    extents: Iterable[model.Extent], size_bytes: int, whole_bytes: int
+) -> Iterator[model.Extent]:
+    """Yield what a volume will hold, of which a source fills the start."""
+    at = 0
+    for run in extents:
+        length = min(run.length_bytes, size_bytes - at)
+        if length > 0:
+            yield model.Extent(at, length, run.is_zero)
+        at += length
+    if at < whole_bytes:
+        yield model.Extent(at, whole_bytes - at, True)
 
 
 def _read(

@@ -3,8 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from volume import model
 from volume.drivers import base
 from volume.journal import Job
+
+
+def unborn(job: Job, is_filled: bool = True) -> model.Volume:
+    """Return the job's volume with the note that will be written to it."""
+    return dataclasses.replace(job.volume(), note=_note(job, 0, is_filled))
 
 
 def write(
@@ -17,8 +25,14 @@ def write(
     """
     if not isinstance(job.backend.driver, base.Describe):
         return
+    job.backend.call(
+        'describe', job.volume(), _note(job, size_bytes or 0, is_filled)
+    )
+
+
+def _note(job: Job, size_bytes: int, is_filled: bool) -> dict[str, str]:
     row = job.volume_row()
-    job.backend.call('describe', job.volume(), {
+    return {
         'id': row.id,
         'name': row.name,
         'size_bytes': str(size_bytes or row.size_bytes),
@@ -27,4 +41,4 @@ def write(
         'created_at': f'{row.created_at:.3f}',
         'filled': 'yes' if is_filled else 'no',
         'parent': row.snapshot_id or row.source_volume_id or '',
-    })
+    }

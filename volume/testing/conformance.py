@@ -318,8 +318,10 @@ class DriverSuite(
         image = workbench.pattern(1, volume.size_bytes)
         with self.driver.reader(volume) as a, self.driver.reader(volume) as b:
             a.seek(4096)
-            self.assertEqual(image, workbench.read_all(b))
-            self.assertEqual(image[4096:], workbench.read_all(a))
+            # A volume may be larger than asked for.
+            for reader, wanted in (b, image), (a, image[4096:]):
+                found = workbench.read_all(reader)
+                self.assertEqual(wanted, found[:len(wanted)])
 
     def test_extents_cover_the_volume_and_zero_runs_are_zero(self) -> None:
         for volume in self.volume(), self.volume(seed=1):

@@ -102,12 +102,13 @@ class FeatureClaims(workbench.Workbench):
 
     def disown(self, volume: model.Volume) -> str:
         """Let go of the volume; return the handle that scan then shows."""
-        before = self.handles()
+        before = self.foreign()
         self.driver.disown(volume)
-        handle, = set(self.handles()) - set(before)
-        foreign = {found.handle: found.id for found in self.scan()}
-        self.assertIsNone(foreign[handle])
+        handle, = self.foreign() - before
         return handle
+
+    def foreign(self) -> set[str]:
+        return {found.handle for found in self.scan() if found.id is None}
 
     # BlockNode.
 

@@ -14,6 +14,7 @@ import uuid as uuids
 from collections.abc import Iterator
 
 from volume import errors
+from volume.model import Extent
 from volume.model import MIB
 from volume.model import SECTOR_BYTES as SECTOR
 from volume.transfer import vhd
@@ -42,17 +43,21 @@ class Stream:
         *,
         length_bytes: int | None = None,
         parent_uuid: str | None = None,
+        takes_any_parent: bool = False,
         name: str = 'vhd',
     ) -> None:
         """Read the head of it.
 
         ``length_bytes`` is how much there is, if the sender has said so;
         a fixed VHD cannot be told without it. ``parent_uuid`` is the parent
-        that a differencing VHD must have; without it none is taken.
+        that a differencing VHD must have; without it none is taken, unless
+        the caller knows otherwise whose changes they are
+        (``takes_any_parent``).
 
         :raises Invalid: it is refused, and why
         """
         self._name = name
+        self._takes_any_parent = takes_any_parent
         self._source = source
         self._length = length_bytes
         self._at = 0
@@ -74,6 +79,27 @@ class Stream:
             raise self._refused('has no parent, but one is given')
         self.size_bytes = length_bytes - SECTOR
         layout.check_size(self.size_bytes, name)
+
+    def blocks(self) -> Iterator[Extent]:
+        """Yield runs that cover the disk, by which blocks will come.
+
+        What is zero here does not come; this is known before the first byte
+        of a block.
+        """
+        if self.facts is None:
+            yield Extent(0, self.size_bytes, False)
+            return
+        header = self.facts.header
+        assert header is not None
+        start, was_zero = 0, True
+        for block in range(-(-self.size_bytes // header.block_bytes)):
+            at = block * header.block_bytes
+            is_zero = self._table[block] == layout.UNUSED
+            if is_zero != was_zero:
+                if at > start:
+                    yield Extent(start, at - start, was_zero)
+                start, was_zero = at, is_zero
+        yield Extent(start, self.size_bytes - start, was_zero)
 
     def runs(self) -> Iterator[tuple[int, memoryview]]:
         """Yield offsets in the disk and their bytes.
@@ -113,7 +139,7 @@ class Stream:
         self, facts: vhd.Facts, header: layout.Header, wanted: str | None
     ) -> None:
         if wanted is None:
-            if facts.needs_parent:
+            if facts.needs_parent and not self._takes_any_parent:
                 raise errors.Invalid(
                     f'{self._name} is refused: it is a differencing vhd, '
                     f'whose parent {header.parent_uuid} is elsewhere'

@@ -13,7 +13,7 @@ import array
 import bisect
 import dataclasses
 import uuid as uuids
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from volume import errors
@@ -114,14 +114,16 @@ class _Sparse(Image):
         self.length_bytes = at + layout.FOOTER_BYTES
 
     def chunks(self, source: Seekable) -> Iterator[memoryview]:
-        footer = memoryview(self._footer.pack())
-        yield footer
-        yield memoryview(self._header.pack() + self._path)
-        yield memoryview(layout.pack_table(self._table))
+        yield from self._head()
         for block, entry in enumerate(self._table):
             if entry != layout.UNUSED:
                 yield from self._block(source, block)
-        yield footer
+        yield memoryview(self._footer.pack())
+
+    def _head(self) -> Iterator[memoryview]:
+        yield memoryview(self._footer.pack())
+        yield memoryview(self._header.pack() + self._path)
+        yield memoryview(layout.pack_table(self._table))
 
     def _block(self, source: Seekable, block: int) -> Iterator[memoryview]:
         start = block * self._header.block_bytes
@@ -170,6 +172,77 @@ class Dynamic(_Sparse):
 
     def _runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield start, end
+
+
+class Feed:
+    """A dynamic VHD whose disk is written to, instead of being read.
+
+    Offsets ascend. What is left out of a block that is sent is zero.
+    """
+
+    def __init__(
+        self, image: Dynamic, send: Callable[[memoryview], None]
+    ) -> None:
+        """Send all that comes before the first block."""
+        self._image = image
+        self._send = send
+        self._block_bytes = image._header.block_bytes
+        self._size_bytes = image._footer.size_bytes
+        self._at = 0
+        for chunk in image._head():
+            send(chunk)
+
+    def write(self, at: int, view: memoryview) -> None:
+        """Send bytes of the disk.
+
+        :raises Conflict: they were to be zero
+        :raises Unsupported: bytes behind them were sent already
+        """
+        if at < self._at:
+            raise errors.Unsupported(
+                f'a vhd on its way cannot go back from {self._at} to {at}')
+        self._zeros_to(at)
+        while view:
+            length = min(
+                len(view), self._block_bytes - self._at % self._block_bytes)
+            if not self._is_open():
+                raise errors.Conflict(
+                    f'the source was zero at {self._at}, and has bytes there '
+                    'now; something writes to it'
+                )
+            self._send(view[:length])
+            self._at += length
+            view = view[length:]
+
+    def finish(self) -> None:
+        """Send the rest of it."""
+        self._zeros_to(self._size_bytes)
+        short = -self._size_bytes % self._block_bytes
+        if self._is_used(self._size_bytes - 1):
+            for zeros in _zeros(short):
+                self._send(zeros)
+        self._send(memoryview(self._image._footer.pack()))
+
+    def _zeros_to(self, end: int) -> None:
+        while self._at < end:
+            block_end = self._at - self._at % self._block_bytes
+            until = min(end, block_end + self._block_bytes)
+            if self._is_open():
+                for zeros in _zeros(until - self._at):
+                    self._send(zeros)
+            self._at = until
+
+    def _is_open(self) -> bool:
+        """Say if this block is sent; begin it if this is its first byte."""
+        if not self._is_used(self._at):
+            return False
+        if self._at % self._block_bytes == 0:
+            self._send(memoryview(self._image._bitmap(0, 0)))
+        return True
+
+    def _is_used(self, at: int) -> bool:
+        table = self._image._table
+        return table[at // self._block_bytes] != layout.UNUSED
 
 
 class Differencing(_Sparse):

@@ -8,7 +8,7 @@ that has nothing to do on the storage is no job.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement
@@ -36,6 +36,7 @@ CONNECTED = CONNECTABLE | {
     'detaching', 'error', 'error_attaching', 'error_detaching', 'maintenance',
 }
 LETS_IN = frozenset({'attach', 'restore'})  # kinds of jobs
+SECRET_KEYS = 'secret_keys'  # which fields of a connection are not stored
 # What the rows of hosts say of a volume; nothing else may have to be undone.
 DETACHABLE = frozenset({
     'available', 'reserved', 'attaching', 'in-use', 'detaching',
@@ -97,10 +98,12 @@ def connect(
     *,
     attachment_id: str | None = None,
     mode: str = 'rw',
+    with_secrets: bool = False,
 ) -> dict[str, Any]:
     """Let a host in, and return its connection_info when that is done.
 
-    Repeated for the same host, it is the same answer.
+    Repeated for the same host, it is the same answer. Secrets are not
+    stored: who is to have them gets them from the storage each time.
 
     :raises Invalid: the volume's status forbids it, or another host has it
     :raises Unavailable: the storage does not answer
@@ -117,7 +120,9 @@ def connect(
             raise errors.NotFound(
                 f'attachment {attachment_id} could not be found'
             )
-        if mine is not None and mine.is_connected:
+        if mine is not None and mine.is_connected and not (
+            with_secrets and _secret_keys(mine.connection)
+        ):
             return None, row, mine
         access.need_room(row, there, mine)
         job_id = ids.new()
@@ -132,6 +137,8 @@ def connect(
             args={
                 'attachment_id': mine.id if mine else ids.new(),
                 'is_new': mine is None,
+                # Asked again for its secrets: nothing to undo, whatever.
+                'is_connected': mine is not None and mine.is_connected,
                 'connector': properties,
                 'mode': 'ro' if row.readonly else mode,
                 'was': row.status,
@@ -152,7 +159,23 @@ def connect(
             models.Attachment, job.args['attachment_id']
         ))
         answer = dict(made.connection) if made else {}
-    return answer
+    return _with_secrets(answer, ended) if with_secrets else answer
+
+
+def _with_secrets(answer: dict[str, Any], ended: Ended) -> dict[str, Any]:
+    names = _secret_keys(answer)
+    secrets = ended.answer.get('secrets', {})
+    if missing := [name for name in names if name not in secrets]:
+        raise errors.Unavailable(
+            f'the connection needs {", ".join(missing)}, which is never '
+            'stored, and another service made it: ask that one by its name'
+        )
+    return {**answer, 'data': {**answer.get('data', {}), **secrets}}
+
+
+def _secret_keys(connection: Mapping[str, Any]) -> list[str]:
+    found = (connection.get('data') or {}).get(SECRET_KEYS, ())
+    return [str(name) for name in found]
 
 
 def disconnect(

@@ -11,6 +11,7 @@ from volume import model
 
 NAME_MAX = 255
 METADATA_ITEMS_MAX = 128
+HOST_KEYS = frozenset({'host', 'ip', 'initiator', 'nqn'})
 
 
 def size(value: object, size_bytes_max: int) -> int:
@@ -102,4 +103,8 @@ def host_of(properties: Mapping[str, Any]) -> model.Host:
         addresses=(address,) if isinstance(address, str) else (),
         iqn=properties.get('initiator') or None,
         nqn=properties.get('nqn') or None,
+        properties={
+            str(key): value for key, value in properties.items()
+            if isinstance(value, str) and key not in HOST_KEYS
+        },
     )

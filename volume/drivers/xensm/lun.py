@@ -1,0 +1,549 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LUN-per-VDI (``hba``, ``iscsi``, ``rawhba``): a volume is a whole LUN.
+
+The server allocates nothing on these: it shows every LUN on the bus, others'
+too. So only LUNs that option ``luns`` names are used; one that holds
+something is refused unless ``luns_erase`` says otherwise; and none is handed
+out that was not proved to be zero.
+
+A LUN is claimed by the key ``volume:id`` of its VDI, which the server lets
+nobody add twice. But a scan while the storage is away removes the VDI with
+its keys. So what must not be forgotten stands on the SR as well::
+
+    volume:lun:<SCSIid>     id of the volume that has the LUN
+    volume:ready:<SCSIid>   the same, once it was handed out
+    volume:clean:<SCSIid>   its size, proved zero and not used since
+    volume:holds:<SCSIid>   what was found in it when it was to be taken
+
+A LUN without any of them is free, and unknown: it is looked at and wiped
+before its first use. While it is wiped its VDI bears ``volume:wiping``. What
+holds something is shown as a foreign thing, to be adopted by its VDI; any
+free LUN can be adopted by its SCSI id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Iterator, Mapping
+
+from volume import errors
+from volume import model
+from volume.drivers.xensm import access
+from volume.drivers.xensm import failures
+from volume.drivers.xensm import handlers
+from volume.drivers.xensm import hosts
+from volume.drivers.xensm import plugs
+from volume.drivers.xensm import srs
+from volume.drivers.xensm import vdis
+from volume.drivers.xensm import wiping
+from volume.drivers.xensm.link import Link
+from volume.drivers.xensm.srs import Sr
+from volume.drivers.xensm.vdis import Thing
+from volume.drivers.xensm.vdis import Vdi
+
+LOG = logging.getLogger(__name__)
+
+WIPING = 'volume:wiping'
+CLAIM, READY, CLEAN, HOLDS = MARKS = (
+    'volume:lun:', 'volume:ready:', 'volume:clean:', 'volume:holds:',
+)
+DISOWNED = 'a volume that was let go of'
+HELD = 'volume-claim'  # the name of a VDI of hba that is held for a moment
+
+
+@dataclasses.dataclass(frozen=True)
+class Lun:
+    """A LUN that the operator has named, as it is now."""
+
+    scsi_id: str
+    vdi: Vdi
+    marks: Mapping[str, str]
+    """What the SR says about it, by kind."""
+
+    @property
+    def id(self) -> str:
+        """The id of the volume that has it, or nothing."""
+        return self.marks.get(CLAIM) or self.vdi.keys.get(vdis.ID, '')
+
+    @property
+    def is_free(self) -> bool:
+        return not self.id and WIPING not in self.vdi.keys
+
+    @property
+    def is_ready(self) -> bool:
+        return self.marks.get(READY, '') == self.id != ''
+
+    @property
+    def is_clean(self) -> bool:
+        return self.marks.get(CLEAN) == str(self.vdi.size_bytes)
+
+    def found(self) -> model.Found:
+        return self.vdi.found(self.id or None)
+
+
+class LunStorage(access.Access):
+    """An SR of LUNs."""
+
+    def check(self) -> None:
+        if not self.settings.luns:
+            raise errors.Invalid(
+                f'SR {self.sr_uuid} is of whole LUNs ({self.kind.type}): '
+                'name those that may be used, by their SCSI ids, in option '
+                'luns'
+            )
+        super().check()
+        missing = set(self.settings.luns) - set(self._luns())
+        if missing:
+            srs.scan(self.link, self.sr())
+            missing -= set(self._luns())
+        if missing:
+            LOG.warning(
+                'SR %s does not show LUNs that luns names: %s',
+                self.sr_uuid, ', '.join(sorted(missing)),
+            )
+
+    def pool(self) -> model.Pool:
+        self.need_served()
+        luns = self._luns().values()
+        return model.Pool(
+            self.name,
+            total_bytes=sum(lun.vdi.size_bytes for lun in luns),
+            free_bytes=sum(
+                lun.vdi.size_bytes for lun in luns if lun.is_free
+            ),
+            thin=False,
+            features=self.features(),
+            granularity_bytes=self.kind.granularity_bytes,
+            max_volume_bytes=max(
+                (lun.vdi.size_bytes for lun in luns), default=0
+            ),
+            device=f'sr:{self.sr_uuid}',
+        )
+
+    # The contract.
+
+    def create(self, volume: model.Volume) -> str:
+        if volume.size_bytes <= 0 or volume.size_bytes % model.SECTOR_BYTES:
+            raise errors.Invalid(
+                f'volume {volume.id} has {volume.size_bytes} bytes: a volume '
+                f'has a positive multiple of {model.SECTOR_BYTES}'
+            )
+        refused: dict[str, str] = {}
+        lun = self._held(volume)
+        while True:
+            if lun is None:
+                lun = self._claim(volume, refused)
+            self._check_size(lun, volume)
+            if lun.is_ready:
+                return lun.vdi.uuid
+            if not lun.vdi.managed:
+                with self._alone():
+                    lun = self._managed(self._again(lun), volume)
+            # What an earlier attempt had begun to wipe was looked at.
+            if lun.is_clean or self.settings.luns_erase or (
+                WIPING in lun.vdi.keys
+            ):
+                break
+            holds = wiping.look(self.link, lun.vdi)
+            if not holds:
+                break
+            refused[lun.scsi_id] = holds
+            self._leave(lun, holds)
+            lun = None
+        if not lun.is_clean:
+            self._wipe(lun, volume)
+        self._hand_out(lun, volume)
+        return lun.vdi.uuid
+
+    def delete(self, volume: model.Volume) -> None:
+        lun = self._held(volume)
+        if lun is None:
+            self.need_served()
+            return
+        hosts.need_home(lun.vdi, volume.id)
+        self.refuse_plugged(lun.vdi, 'delete')
+        vdis.put(self.link, lun.vdi.ref, {WIPING: volume.id})
+        self._unmark(READY, lun)
+        if not lun.is_clean:
+            self._wipe(lun, volume)
+        self._release(lun)
+
+    def inspect(self, volume: model.Volume) -> model.Found:
+        vdi = self.need(volume)
+        hosts.need_home(vdi, volume.id)
+        return vdi.found(volume.id)
+
+    def scan(self) -> Iterator[model.Found]:
+        """Yield volumes, and what was found in LUNs that are not."""
+        self.need_served()
+        for lun in self._luns().values():
+            if lun.id or HOLDS in lun.marks:
+                yield lun.found()
+
+    def adopt(self, handle: str, volume: model.Volume) -> str:
+        lun = self._by_handle(handle)
+        if lun.id not in ('', volume.id) or WIPING in lun.vdi.keys:
+            raise errors.Conflict(
+                f'LUN {lun.scsi_id} is volume {lun.id} already'
+            )
+        other = self._held(volume)
+        if other is not None and other.scsi_id != lun.scsi_id:
+            raise errors.Conflict(
+                f'volume {volume.id} exists: LUN {lun.scsi_id} cannot '
+                'become it'
+            )
+        if volume.size_bytes > lun.vdi.size_bytes:
+            raise errors.Invalid(
+                f'LUN {lun.scsi_id} has {lun.vdi.size_bytes} bytes, '
+                f'fewer than {volume.size_bytes}'
+            )
+        with self._alone():
+            if not self._mark_claim(lun, volume):
+                raise errors.Conflict(
+                    f'LUN {lun.scsi_id} was just taken by another volume'
+                )
+            lun = self._managed(self._again(lun), volume)
+        self._hand_out(lun, volume, is_fresh=False)
+        return lun.vdi.uuid
+
+    def disown(self, volume: model.Volume) -> None:
+        lun = self._held(volume)
+        if lun is None:
+            return
+        hosts.need_home(lun.vdi, volume.id)
+        self.refuse_plugged(lun.vdi, 'let go of')
+        # On hba it stays managed: nobody's create may claim it.
+        self._unmark(READY, lun)
+        self._mark(HOLDS, lun, DISOWNED)
+        self._let_go(lun)
+
+    def describe(
+        self, volume: model.Volume, sidecar: Mapping[str, str]
+    ) -> None:
+        vdis.put(self.link, self.need(volume).ref, {
+            vdis.NOTE: json.dumps(dict(sidecar)),
+        })
+
+    def find(self, thing: Thing) -> Vdi | None:
+        """Return the VDI of a volume that was handed out."""
+        lun = self._held(thing) if isinstance(thing, model.Volume) else None
+        if lun is None:
+            self.need_served()
+            return None
+        # One on its way is not a volume yet; one being wiped still is.
+        if lun.is_ready or WIPING in lun.vdi.keys:
+            return lun.vdi
+        return None
+
+    # Lending: hba alone says which LUN it gives.
+
+    def lender(self, vdi: Vdi) -> hosts.Lender | None:
+        return None if self.kind.type == 'hba' else _Lender(self, vdi)
+
+    def why_not(self) -> str:
+        return (
+            'the pool there would choose a LUN by its size alone (hba); use '
+            'rawhba or iscsi, or attach it in its own pool'
+        )
+
+    # Ours alone: what there is.
+
+    def _luns(self) -> dict[str, Lun]:
+        """Return the LUNs that are named and seen, by SCSI id."""
+        sr = self.sr()
+        by_uuid = {
+            uuid: key.removeprefix('scsi-')
+            for key, uuid in sr.sm_config.items() if key.startswith('scsi-')
+        }
+        found = {}
+        for vdi in vdis.all_of(self.link, sr.ref):
+            scsi_id = vdi.sm_config.get('SCSIid') or by_uuid.get(vdi.uuid)
+            if scsi_id in self.settings.luns:
+                found[scsi_id] = Lun(scsi_id, vdi, _marks(sr, scsi_id))
+        return found
+
+    def _held(self, volume: model.Volume) -> Lun | None:
+        """Return the LUN that a volume has, whatever state it is in."""
+        lun = self._seen(volume)
+        lost = '' if lun else next((
+            key.removeprefix(CLAIM) for key, value in self.sr().keys.items()
+            if key.startswith(CLAIM) and value == volume.id
+        ), '')
+        if lost:
+            srs.scan(self.link, self.sr())
+            lun = self._seen(volume)
+        if lost and lun is None:
+            raise errors.Unavailable(
+                f'LUN {lost} of volume {volume.id} is not seen by SR '
+                f'{self.sr_uuid} now, or is no longer named in luns'
+            )
+        if lun is not None and vdis.ID not in lun.vdi.keys:
+            # A scan has lost it, and brought it back without its keys.
+            self._label(lun, volume)
+            lun = self._again(lun)
+        return lun
+
+    def _seen(self, volume: model.Volume) -> Lun | None:
+        return next((
+            lun for lun in self._luns().values() if lun.id == volume.id
+        ), None)
+
+    def _by_handle(self, handle: str) -> Lun:
+        for lun in self._luns().values():
+            if handle == lun.scsi_id or (handle == lun.vdi.uuid and (
+                lun.id or HOLDS in lun.marks
+            )):
+                return lun
+        raise errors.NotFound(
+            f'SR {self.sr_uuid} shows no LUN {handle!r:.80} that luns names'
+        )
+
+    def _again(self, lun: Lun) -> Lun:
+        return Lun(
+            lun.scsi_id, vdis.get(self.link, lun.vdi.ref),
+            _marks(self.sr(), lun.scsi_id),
+        )
+
+    # Claiming.
+
+    def _claim(
+        self, volume: model.Volume, refused: Mapping[str, str]
+    ) -> Lun:
+        """Claim the smallest LUN that fits and was not refused.
+
+        :raises NoSpace: there is none
+        """
+        self.need_served()
+        with self._alone():
+            fitting = sorted(
+                (
+                    lun for lun in self._luns().values() if lun.is_free
+                    and lun.vdi.size_bytes >= volume.size_bytes
+                    and lun.marks.get(HOLDS) != DISOWNED
+                    and lun.scsi_id not in refused
+                ),
+                key=lambda lun: (
+                    HOLDS in lun.marks, lun.vdi.size_bytes,
+                    not lun.is_clean, lun.scsi_id,
+                ),
+            )
+            for lun in fitting:
+                if self._mark_claim(lun, volume):
+                    return self._managed(self._again(lun), volume)
+        why = '; '.join(
+            f'{scsi_id} holds {what}' for scsi_id, what in refused.items()
+        )
+        raise errors.NoSpace(
+            f'no LUN of SR {self.sr_uuid} that luns names is free and has '
+            f'{volume.size_bytes} bytes'
+            + (f' ({why}: luns_erase is false)' if why else '')
+        )
+
+    def _mark_claim(self, lun: Lun, volume: model.Volume) -> bool:
+        """Claim a LUN for a volume; false if another was quicker."""
+        for add in (
+            lambda: self.link.call(
+                'VDI.add_to_other_config', lun.vdi.ref, vdis.ID, volume.id
+            ),
+            lambda: self._mark(CLAIM, lun, volume.id),
+        ):
+            try:
+                add()
+            except errors.Conflict as failed:
+                if failures.code(failed) != 'MAP_DUPLICATE_KEY':
+                    raise
+                if self._again(lun).id != volume.id:
+                    return False
+        vdis.put(self.link, lun.vdi.ref, {
+            vdis.SIZE: str(volume.size_bytes),
+        })
+        return True
+
+    def _managed(self, lun: Lun, volume: model.Volume) -> Lun:
+        """Make a LUN of hba a managed VDI, which its create alone does.
+
+        The server picks the smallest that nobody has: what it gives is held
+        until it gives the right one, and what was held is given back.
+        """
+        if lun.vdi.managed:
+            return lun
+        held: list[Vdi] = []
+        try:
+            for _ in range(len(self.sr_vdis())):
+                got = vdis.get(self.link, self.link.call('VDI.create', {
+                    **vdis.record(volume, self.ref(), lun.vdi.size_bytes),
+                    'name_label': HELD, 'other_config': {}, 'tags': [],
+                }))
+                if got.uuid == lun.vdi.uuid:
+                    self._label(
+                        dataclasses.replace(lun, vdi=got), volume
+                    )
+                    return self._again(dataclasses.replace(lun, vdi=got))
+                held.append(got)
+        finally:
+            self._give_back(held)
+        raise errors.NoSpace(
+            f'the server does not give LUN {lun.scsi_id}: another client '
+            'has it'
+        )
+
+    def _give_back(self, held: list[Vdi]) -> None:
+        for vdi in held:
+            with contextlib.suppress(errors.NotFound):
+                handlers.patiently(functools.partial(
+                    self.link.call, 'VDI.destroy', vdi.ref
+                ))
+        if held:
+            srs.scan(self.link, self.sr())
+
+    def sr_vdis(self) -> list[str]:
+        """Return the references of all that the SR shows."""
+        found: list[str] = self.link.call('SR.get_record', self.ref())['VDIs']
+        return found
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Be the only service that lets hba choose; end what one has left."""
+        if self.kind.type != 'hba':
+            yield
+            return
+        # The pool's lock is this service's; the other, this thread's.
+        with self.locked(self.sr_uuid), srs.lock(
+            self.link, f'luns-{self.sr_uuid}', self.link.originator
+        ):
+            self._give_back([
+                vdi for vdi in vdis.by_name(self.link, HELD)
+                if vdi.sr == self.ref() and vdis.ID not in vdi.keys
+                and vdi.managed
+            ])
+            yield
+
+    # From claimed to handed out, and back.
+
+    def _check_size(self, lun: Lun, volume: model.Volume) -> None:
+        asked = lun.vdi.keys.get(vdis.SIZE, str(lun.vdi.size_bytes))
+        if asked != str(volume.size_bytes):
+            raise errors.Conflict(
+                f'volume {volume.id} has LUN {lun.scsi_id} and {asked} '
+                f'bytes, not {volume.size_bytes}'
+            )
+
+    def _wipe(self, lun: Lun, volume: model.Volume) -> None:
+        """Make a LUN zero, prove it, and note that it is."""
+        vdis.put(self.link, lun.vdi.ref, {WIPING: volume.id})
+        wiping.wipe(
+            self.link, self.node, lun.vdi, self.settings.helper_vm
+        )
+        self._unmark(CLEAN, lun)
+        self._mark(CLEAN, lun, str(lun.vdi.size_bytes))
+
+    def _hand_out(
+        self, lun: Lun, volume: model.Volume, *, is_fresh: bool = True
+    ) -> None:
+        """Make a volume of a LUN: from now on it may be written to."""
+        self._label(lun, volume)
+        if is_fresh:
+            vdis.put(self.link, lun.vdi.ref, {vdis.FRESH: 'true'})
+        self._unmark(CLEAN, lun)
+        self._unmark(HOLDS, lun)
+        vdis.drop(self.link, lun.vdi.ref, [WIPING])
+        self._mark(READY, lun, volume.id)
+
+    def _release(self, lun: Lun) -> None:
+        """Let others have a LUN that is zero.
+
+        On hba the VDI is destroyed, which erases nothing and makes the LUN
+        free again; on the others it would only vanish until the next scan.
+        """
+        if self.kind.type == 'hba':
+            # Until it is destroyed, its own keys say whose it is.
+            self._unmark(CLAIM, lun)
+            if lun.vdi.managed:
+                self._give_back([lun.vdi])
+        else:
+            self._let_go(lun)
+
+    def _leave(self, lun: Lun, holds: str) -> None:
+        """Do not take a LUN; show what is in it."""
+        self._unmark(HOLDS, lun)
+        self._mark(HOLDS, lun, holds)
+        self._release(lun)
+
+    def _let_go(self, lun: Lun) -> None:
+        """Take our name and keys off a LUN; the claim itself goes last."""
+        names = [*vdis.KEYS, vdis.FRESH, hosts.LENT, *(
+            key for key in lun.vdi.keys if key.startswith(hosts.HOST)
+        )]
+        vdis.drop(self.link, lun.vdi.ref, [
+            *(name for name in names if name != vdis.ID), vdis.ID,
+        ])
+        self.link.call('VDI.set_name_label', lun.vdi.ref, lun.scsi_id)
+        self.link.call('VDI.set_name_description', lun.vdi.ref, '')
+        self.link.call('VDI.remove_tags', lun.vdi.ref, vdis.TAG)
+        self._unmark(CLAIM, lun)
+        vdis.drop(self.link, lun.vdi.ref, [WIPING])
+
+    def _label(self, lun: Lun, volume: model.Volume) -> None:
+        """Say on the VDI whose it is, for whoever looks at the pool."""
+        vdis.put(self.link, lun.vdi.ref, {
+            vdis.ID: volume.id, vdis.SIZE: str(volume.size_bytes),
+        })
+        self.link.call(
+            'VDI.set_name_label', lun.vdi.ref, vdis.name(volume)
+        )
+        self.link.call(
+            'VDI.set_name_description', lun.vdi.ref, vdis.DESCRIPTION
+        )
+        self.link.call('VDI.add_tags', lun.vdi.ref, vdis.TAG)
+
+    def _mark(self, kind: str, lun: Lun, value: str) -> None:
+        """Note on the SR; what is there already is not another's."""
+        try:
+            self.link.call(
+                'SR.add_to_other_config', self.ref(),
+                f'{kind}{lun.scsi_id}', value,
+            )
+        except errors.Conflict as failed:
+            if failures.code(failed) != 'MAP_DUPLICATE_KEY' or (
+                self.sr().keys.get(f'{kind}{lun.scsi_id}') != value
+            ):
+                raise
+
+    def _unmark(self, kind: str, lun: Lun) -> None:
+        self.link.call(
+            'SR.remove_from_other_config', self.ref(), f'{kind}{lun.scsi_id}'
+        )
+
+
+class _Lender:
+    """Lends a LUN: who has no VBD of it here does not touch it."""
+
+    def __init__(self, storage: LunStorage, vdi: Vdi) -> None:
+        self._storage = storage
+        self._vdi = vdi
+
+    def let_go(self) -> None:
+        self._storage.refuse_plugged(self._vdi, 'lend')
+
+    def take_back(self) -> None:
+        """It was never away: the other pool has no VBD of it any more."""
+
+    def device_config(self) -> Mapping[str, str]:
+        return self._storage.config_of_pbd()
+
+    def end_in(self, peer: Link) -> None:
+        # The VDI's VBDs have ended; its SR may serve other LUNs there.
+        sr = plugs.find(peer, 'SR', self._storage.sr_uuid)
+        if sr is not None and plugs.is_brought(peer, sr):
+            plugs.forget_sr(peer, sr)
+
+
+def _marks(sr: Sr, scsi_id: str) -> dict[str, str]:
+    return {
+        kind: sr.keys[f'{kind}{scsi_id}'] for kind in MARKS
+        if f'{kind}{scsi_id}' in sr.keys
+    }

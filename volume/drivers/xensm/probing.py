@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a pool, step by step, what an SR could be made of.
+
+The server probes by failing: what could complete the keys stands as XML in
+its failure. Here it is read into plain rows, whatever the type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from xml.etree import ElementTree
+
+from volume import errors
+from volume.drivers.xensm import failures
+from volume.drivers.xensm import kinds
+from volume.drivers.xensm import srs
+from volume.drivers.xensm.kinds import Kind
+from volume.drivers.xensm.link import Link
+from volume.drivers.xensm.options import lines
+
+# What holds the value of a key in the server's rows.
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    'serverpath': ('Path',),
+    'targetIQN': ('TargetIQN',),
+    'SCSIid': ('SCSIid',),
+    'device': ('path', 'device'),
+    'aggregate': ('aggregate', 'Name', 'name'),
+    'storagepool': ('name', 'Name', 'storagepool'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the pool said: rows to choose a key from, or SRs."""
+
+    key: str = ''
+    """The key that comes next; nothing if the keys are complete."""
+    rows: tuple[Mapping[str, str], ...] = ()
+    srs: tuple[Mapping[str, str], ...] = ()
+    message: str = ''
+    can_probe: bool = True
+
+    def choices(self) -> list[str]:
+        """Return the values that the next key may have."""
+        found = []
+        for row in self.rows:
+            for column in COLUMNS.get(self.key, (self.key,)):
+                if row.get(column, '*') != '*':
+                    found.append(row[column])
+                    break
+        return list(dict.fromkeys(found))
+
+
+def step(
+    link: Link, kind: Kind, device_config: Mapping[str, str],
+    host: str = '',
+) -> Step:
+    """Ask once, with the keys that are known.
+
+    :raises VolumeError: the storage says otherwise that it cannot be so
+    """
+    host = host or srs.pool(link)[1]['master']
+    try:
+        text = link.call(
+            'SR.probe', host, dict(device_config), kind.type, {}
+        )
+    except errors.VolumeError as failed:
+        if failures.code(failed) in srs.NO_PROBE:
+            return Step(can_probe=False, message=str(failed))
+        key = _next(kind, device_config)
+        if not key or not failures.code(failed).startswith(failures.PREFIX):
+            raise
+        tree = _tree(failures.params(failed))
+        if tree is None and failures.code(failed) != _missing(key):
+            raise
+        rows = tuple(_rows(tree)) if tree is not None else ()
+        return Step(key, rows, message=str(failed))
+    found = tuple(
+        _row(each) for each in srs.xml(text).iter('SR')
+    )
+    return Step(srs=found)
+
+
+def section(
+    kind: Kind, device_config: Mapping[str, str], urls: str, user: str,
+    sr_uuid: str = '',
+) -> str:
+    """Return the section of a configuration file that uses what was found.
+
+    Without an SR it is one that formats a new one.
+    """
+    config = {
+        key: '(its password)' if kinds.is_secret(key) else value
+        for key, value in device_config.items()
+    }
+    which = f'sr_uuid = {sr_uuid}' if sr_uuid else (
+        f'sr_name = volumes-{kind.type}'
+    )
+    made = '' if sr_uuid else 'create = true\n'
+    luns = 'luns = (SCSI ids of the LUNs that may be used)\n' if (
+        kind.family == 'lun') else ''
+    return (
+        f'[{kind.type}]\n'
+        'driver = xensm\n'
+        f'addresses = {urls}\n'
+        f'username = {user}\n'
+        'password_file = /etc/volume/xensm.password\n'
+        f'{which}\n{made}{luns}'
+        f'sr_type = {kind.type}\n'
+        f'device_config ={lines(config)}\n'
+    )
+
+
+def _next(kind: Kind, device_config: Mapping[str, str]) -> str:
+    for key in kind.probe:
+        if key not in device_config:
+            return key
+    return ''
+
+
+def _missing(key: str) -> str:
+    """Return the code by which a driver says that a key is missing."""
+    number = {
+        'server': 102, 'serverpath': 101, 'device': 90, 'target': 95,
+        'targetIQN': 96, 'SCSIid': 107, 'aggregate': 123,
+        'storagepool': 163,
+    }.get(key, 0)
+    return f'{failures.PREFIX}{number}'
+
+
+def _tree(params: tuple[str, ...]) -> ElementTree.Element | None:
+    for text in reversed(params):
+        if text.lstrip().startswith('<'):
+            try:
+                return srs.xml(text)
+            except errors.Invalid:
+                continue
+    return None
+
+
+def _rows(tree: ElementTree.Element) -> list[dict[str, str]]:
+    """Return what a list in XML holds, each element a row."""
+    rows = []
+    for each in tree:
+        row = _row(each)
+        # An adapter stands beside the disks that it leads to.
+        if row and each.tag != 'Adapter':
+            rows.append(row)
+    return rows
+
+
+def _row(element: ElementTree.Element) -> dict[str, str]:
+    return {
+        child.tag: (child.text or '').strip()
+        for child in element if not len(child)
+    }

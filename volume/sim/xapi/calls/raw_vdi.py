@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP handlers of disks, which are answered beside the calls."""
+
+from __future__ import annotations
+
+from volume.sim.xapi import handlers
+
+ROUTES = (handlers.put, handlers.get)
