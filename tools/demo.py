@@ -23,6 +23,7 @@ from demo_screen import Failed
 from demo_screen import Screen
 from demo_screen import size
 from demo_story import Demo
+from demo_xensm import XenDemo
 
 import volume
 from volume import errors
@@ -40,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog='./run demo', description=__doc__.split('\n')[0]
     )
     parser.add_argument(
+        'on', nargs='?', choices=('files', 'xensm'), default='files',
+        help='files of this machine (the default), or XenAPI pools, '
+             'simulated',
+    )
+    parser.add_argument(
         '--small', action='store_true',
         help='with an image of tens of MiB, for a quick look',
     )
@@ -48,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, _interrupt)
     try:
-        _run(screen, options.small)
+        _run(screen, options.on, options.small)
     except KeyboardInterrupt:
         screen.say('interrupted; everything was ended and removed', '31')
         return INTERRUPTED
@@ -62,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(screen: Screen, is_small: bool) -> None:
+def _run(screen: Screen, on: str, is_small: bool) -> None:
     _check_machine(is_small)
     screen.say(
         f'volume-service {volume.__version__} on {_system()}, '
@@ -76,7 +82,8 @@ def _run(screen: Screen, is_small: bool) -> None:
         family = stack.enter_context(Family())
         # From here on nobody's impatience leaves a process or a file behind.
         stack.callback(_ignore_signals)
-        demo = Demo(screen, family, directory, is_small=is_small)
+        kind = XenDemo if on == 'xensm' else Demo
+        demo = kind(screen, family, directory, is_small=is_small)
         try:
             demo.run()
         except (Failed, errors.VolumeError, OSError):

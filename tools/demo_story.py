@@ -52,11 +52,15 @@ class Demo:
         self.noise_bytes = (2 if is_small else 32) * MIB
         self.images = self.path('images')
         os.mkdir(self.images)
-        self.service = Service(family, directory, self.images)
         self.random = random.Random(SEED)
+        self.service = self.make_service()
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
+
+    def make_service(self) -> Service:
+        """Return the service, not started yet, with all that it needs."""
+        return Service(self.family, self.directory, self.images)
 
     def run(self) -> None:
         """Do it all.

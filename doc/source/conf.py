@@ -12,7 +12,7 @@ author = 'the authors of volume-service'
 copyright = author
 release = version = importlib.metadata.version('volume-service')
 
-extensions = ['sphinx.ext.autodoc', 'contract', 'simulator']
+extensions = ['sphinx.ext.autodoc', 'contract', 'simulator', 'xensm']
 autodoc_typehints = 'signature'
 autodoc_typehints_format = 'short'
 html_theme = 'alabaster'

@@ -11,12 +11,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 import unittest
 
 from tests.fault import scenarios
 from tests.fault.world import CALLER
 from tests.fault.world import World
+from volume.blockd import Blockd
 from volume.db import models
+from volume.node import Node
 from volume.testing import faults
 from volume.testing import fixtures
 from volume.verbs import attachments
@@ -34,6 +37,7 @@ class FlowFaults:
     """One test a scenario; a driver adds its section."""
 
     exporter = 'nbd'
+    daemon = ''
 
     def section(self) -> str:
         raise NotImplementedError
@@ -41,7 +45,7 @@ class FlowFaults:
     def world(self) -> World:
         return World(
             self, f'{self.section()}\nexporter = {self.exporter}',
-            blockd=self.exporter == 'nbd',
+            blockd=self.exporter == 'nbd', daemon=self.daemon,
         )
 
     def survive(self, scenario: type[scenarios.Scenario]) -> None:
@@ -86,10 +90,12 @@ class FlowFaults:
             self.assertEqual([], world.disagreements(), where)
             self.clean_up(world)
             return trace
-        finally:
+        except BaseException:
             if world.node.blockd:
                 world.node.arm(None)
                 world.node.blockd.stop()
+            raise
+        finally:
             shutil.rmtree(world.directory, ignore_errors=True)
 
     def clean_up(self, world: World) -> None:
@@ -103,6 +109,8 @@ class FlowFaults:
         self.assertEqual({}, world.live(models.Volume))
         self.assertEqual(set(), world.stored())
         self.assertEqual([], world.disagreements())
+        if world.node.blockd:
+            self.assertEqual(frozenset(), world.node.blockd.open_files())
 
 
 def _add_tests() -> None:
@@ -143,6 +151,14 @@ class PlainFileFaults(FlowFaults, unittest.TestCase):
 
 class QcowFaults(FlowFaults, unittest.TestCase):
     """The qcow driver, attached through the storage daemon."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        # One for all worlds; each leaves nothing open in it.
+        state = tempfile.mkdtemp(prefix='vt', dir='/tmp')
+        cls.addClassCleanup(shutil.rmtree, state, ignore_errors=True)
+        cls.daemon = os.path.join(state, 'blockd')
+        cls.addClassCleanup(Blockd(Node(state), cls.daemon).stop)
 
     def section(self) -> str:
         directory = fixtures.plain_directory(self)

@@ -92,8 +92,10 @@ class World:
     """One node with one backend named ``b``, its pool, and its database."""
 
     def __init__(
-        self, test: Any, section: str, *, blockd: bool = False
+        self, test: Any, section: str, *, blockd: bool = False,
+        daemon: str = '',
     ) -> None:
+        """``daemon`` is the directory of one that other worlds use too."""
         self.directory = tempfile.mkdtemp(prefix='vw', dir='/tmp')
         test.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
         self.state = os.path.join(self.directory, 's')
@@ -111,10 +113,9 @@ class World:
             )
         self.now = 1_700_000_000.0
         self._has_blockd = blockd
-        if blockd:
-            test.addCleanup(
-                Blockd(Node(self.state), self.state + '/blockd').stop
-            )
+        self._daemon = daemon or self.state + '/blockd'
+        if blockd and not daemon:
+            test.addCleanup(Blockd(Node(self.state), self._daemon).stop)
         self.db = (
             shelf().fresh() if database.kind(test) == 'sqlite'
             else database.make(test)
@@ -127,7 +128,7 @@ class World:
         self.owner = ids.new()
         self.node = faults.FaultyNode(self.state)
         if self._has_blockd:
-            self.node.blockd = Blockd(self.node, self.state + '/blockd')
+            self.node.blockd = Blockd(self.node, self._daemon)
         conf = options.load([], [self._conf_file])
         self.backends = backends.load(conf, self.node)
         self.sources = Sources(conf, self.node)

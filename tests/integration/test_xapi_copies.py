@@ -114,8 +114,6 @@ class Copy(Case):
         vdi, _ = self.filled()
         before = {*self.x.VDI.get_all()}
         self.pool.faults.add(
-            Fault('VDI.create', 'delay', 'after', params=(0.4,)))
-        self.pool.faults.add(
             Fault('VDI.copy', 'delay', 'before', params=(0.4,)))
         task = self.x.Async.VDI.copy(vdi, self.sr)
         self.x.task.cancel(task)

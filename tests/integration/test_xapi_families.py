@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks of every kind of SR go in and out the same way, and fail the same."""
 
+import http.client
 import random
 
 from tests import vhds
@@ -107,6 +108,35 @@ class Families(Case):
         self.assertEqual(vhds.naive(image), self.content(vdi))
 
 
+class Large(Case):
+
+    def test_the_largest_vhd_goes_out_and_comes_in_by_its_blocks(self):
+        size = 2040 << 30
+        data = random.Random(2).randbytes(MIB)
+        vdi = self.vdi(size)
+        vm, _ = self.plugged(vdi)
+        self.write(vm, data, size - MIB)
+        self.x.VM.hard_shutdown(vm)
+        image, task = self.get(vdi, format='vhd')
+        self.assertEqual('success', task['status'], task)
+        self.assertLess(len(image), 8 * MIB)
+        other = self.vdi(size)
+        self.assertEqual(
+            'success', self.put(other, image, format='vhd')['status'])
+        vm, _ = self.plugged(other)
+        self.assertEqual(data, self.read(vm, size - MIB, MIB))
+
+    def test_a_disk_that_is_larger_is_too_large_for_a_vhd(self):
+        size = 2042 << 30
+        vdi = self.vdi(size)
+        status, _, _ = self.ask(
+            'GET', '/export_raw_vdi', vdi=vdi, format='vhd')
+        self.assertEqual(500, status)
+        _, task = self.get(vdi, format='vhd')
+        self.assertEqual(
+            ['VDI_TOO_LARGE', vdi, str(2040 << 30)], task['error_info'])
+
+
 class Trouble(Case):
 
     def setUp(self):
@@ -131,6 +161,31 @@ class Trouble(Case):
         self.until(lambda: not self.pool.is_up(self.pool.host(0)))
         x = xapi.login(self, self.pool).xenapi
         self.assertEqual('cancelled', x.task.get_status(task))
+        self.pool.start_host(0)
+
+    def test_an_answer_that_is_lost_leaves_the_data_and_the_task(self):
+        self.pool.faults.add(Fault('import_raw_vdi', 'lose_reply'))
+        task = self.x.task.create('', '')
+        with self.assertRaises(http.client.RemoteDisconnected):
+            self.ask('PUT', '/import_raw_vdi', b'spam', vdi=self.disk,
+                     task_id=task)
+        self.assertEqual('success', self.ended(task)['status'])
+        self.left(self.disk)
+        self.assertEqual(b'spam', self.content(self.disk)[:4])
+
+    def test_a_copy_of_a_host_that_died_leaves_a_disk_behind(self):
+        self.put(self.disk, b'spam')
+        self.left(self.disk)
+        self.pool.faults.add(
+            Fault('VDI.copy', 'delay', params=(0.3,)))
+        before = {*self.pool.rows.all('VDI')}
+        self.x.Async.VDI.copy(self.disk, self.sr)
+        self.pool.kill_master()
+        self.until(lambda: {*self.pool.rows.all('VDI')} - before)
+        self.until(lambda: not self.pool.operations.current(
+            'VDI', self.disk))
+        self.assertEqual(
+            1, len({*self.pool.rows.all('VDI')} - before))
         self.pool.start_host(0)
 
     def test_a_second_transfer_does_not_wait_for_the_first_to_leave(self):

@@ -4,6 +4,7 @@
 import random
 import ssl
 import subprocess
+import tempfile
 import urllib.parse
 
 from tests import xapi
@@ -90,6 +91,23 @@ class Nbd(Case):
         info = self.serve('nbd')[0]
         with self.assertRaises(errors.VolumeError):
             nbd.NbdClient(self.uri(info))
+
+    def test_with_tls_qemu_reads_it_and_knows_the_host_by_its_subject(self):
+        info = self.serve('nbd')[0]
+        found = tempfile.TemporaryDirectory(prefix='vtn')
+        self.addCleanup(found.cleanup)
+        with open(f'{found.name}/ca-cert.pem', 'w') as file:
+            file.write(info['cert'])
+        for name, wanted in ((info['subject'], 0), ('another', 1)):
+            done = subprocess.run([
+                'qemu-io', '-r', '--object',
+                f'tls-creds-x509,id=tls,dir={found.name},endpoint=client',
+                '--image-opts', '-c', f'read -P {self.data[0]} 0 1',
+                f'driver=nbd,host={info["address"]},port={info["port"]},'
+                f'export={info["exportname"]},tls-creds=tls,'
+                f'tls-hostname={name}',
+            ], capture_output=True, text=True, timeout=60, check=False)
+            self.assertEqual(wanted, done.returncode, done)
 
     def test_its_certificate_is_for_the_subject(self):
         info = self.serve('nbd')[0]

@@ -112,6 +112,80 @@ class TestCreation(Case):
         self.assertEqual('SR_BACKEND_FAILURE_447', answer['error']['message'])
 
 
+class TestTypes(Case):
+    """Each type of the file and the LVM families, from birth to end."""
+
+    def life(self, kind, shared=True, **config):
+        with self.subTest(kind):
+            sr = self.create(kind, shared, **config)
+            self.assertIn(True, self.plugged(sr).values())
+            vdi = self.vdi(sr)
+            snapshot = self.api.VDI.snapshot(vdi)
+            self.api.SR.scan(sr)
+            self.assertEqual(
+                self.api.VDI.get_sm_config(vdi)['vhd-parent'],
+                self.api.VDI.get_sm_config(snapshot)['vhd-parent'])
+            self.api.VDI.destroy(snapshot)
+            self.api.VDI.destroy(vdi)
+            self.assertTrue(self.pool.sm.wait_collected(sr, 60))
+            self.unplug_all(sr)
+            self.api.SR.destroy(sr)
+            self.assertEqual([], self.api.SR.get_all())
+
+    def test_on_file_servers(self):
+        add = self.pool.world.add_share
+        add('smb', 'server', '/share', GIB, user='me', password='x')
+        self.life('smb', server='//server/share', username='me', password='x')
+        add('cephfs', 'mon', '/volumes', GIB)
+        self.life('cephfs', server='mon', serverpath='/volumes')
+        add('glusterfs', 'brick', '/vol', GIB)
+        self.life('glusterfs', server='brick:/vol')
+        add('moosefs', 'master', '/xcp', GIB)
+        self.life('moosefs', masterhost='master', rootpath='/xcp')
+        add('linstor', 'group', '/', GIB)
+        self.life('linstor', **{'group-name': 'group', 'redundancy': '2'})
+
+    def test_on_disks_and_directories_of_a_host(self):
+        world = self.pool.world
+        world.add_device('/dev/sdb', GIB)
+        world.add_device('/dev/sdc', GIB)
+        world.add_device('/dev/sdd', GIB, sector_bytes=4096)
+        for kind in 'ext', 'xfs', 'lvm':
+            self.life(kind, False, device='/dev/sdb,/dev/sdc')
+        self.life('largeblock', False, device='/dev/sdd')
+        with self.refused('SR_BACKEND_FAILURE_5010'):
+            self.create('largeblock', False, device='/dev/sdb')
+        self.life('file', False, location='/srv/disks')
+        with self.refused('SR_BACKEND_FAILURE_5000'):
+            self.create('zfs', False, location='/tank')
+        world.add_share('zfs', '*', '/tank', GIB)
+        self.life('zfs', False, location='/tank/disks')
+
+    def test_on_luns(self):
+        world = self.pool.world
+        world.add_target(
+            '10.0.0.1', 'iqn.a', chap_user='u', chap_password='p')
+        world.add_lun('3a', GIB, iqn='iqn.a')
+        self.life(
+            'lvmoiscsi', target='10.0.0.1', targetIQN='iqn.a', SCSIid='3a',
+            chapuser='u', chappassword='p')
+        world.add_lun('3b', GIB, adapter='FC')
+        self.life('lvmohba', SCSIid='3b')
+        world.add_lun('3c', GIB, adapter='fcoe')
+        self.life('lvmofcoe', SCSIid='3c')
+
+    def test_a_volume_group_signs_its_lun(self):
+        world = self.pool.world
+        world.add_lun('3b', GIB, adapter='FC')
+        sr = self.create('lvmohba', SCSIid='3b')
+        with open(world.lun_file('3b'), 'rb') as lun:
+            self.assertEqual(b'LABELONE', lun.read(520)[512:])
+        self.unplug_all(sr)
+        self.api.SR.destroy(sr)
+        with open(world.lun_file('3b'), 'rb') as lun:
+            self.assertEqual(bytes(520), lun.read(520))
+
+
 class TestIntroducing(Case):
 
     def test_an_sr_is_forgotten_and_introduced_with_its_disks(self):
@@ -236,8 +310,12 @@ class TestPlugging(Case):
         with self.refused('SR_HAS_PBD', sr):
             self.api.SR.destroy(sr)
         self.unplug_all(sr)
+        # The row counts, even if there is nothing behind it any more.
+        [file] = directory.iterdir()
+        aside = file.rename(directory.parent / file.name)
         with self.refused('SR_NOT_EMPTY'):
             self.api.SR.destroy(sr)
+        aside.rename(file)
         for pbd in self.api.SR.get_PBDs(sr):
             self.api.PBD.plug(pbd)
         self.api.VDI.destroy(vdi)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulated pool: waiting operations, tasks, events (S38, S39)."""
 
+import collections
 import threading
 import time
 import unittest
@@ -285,11 +286,16 @@ class Events(unittest.TestCase):
         ])
 
     def test_a_new_child_is_an_event_of_its_parent(self):
-        sr = xapi.nfs_sr(self.pool)
-        token = self.from_(['sr'], '', 0.0)['token']
-        ref = xapi.vdi(self.xenapi, sr)
-        (event,) = self.from_(['sr'], token, 30.0)['events']
-        self.assertEqual([ref], event['snapshot']['VDIs'])
+        host = self.pool.master
+        token = self.from_(['host'], '', 0.0)['token']
+        ref = self.pool.rows.new('PIF', host=host, device='eth1')
+        (event,) = self.from_(['host'], token, 30.0)['events']
+        self.assertIn(ref, event['snapshot']['PIFs'])
+        self.pool.rows.update('PIF', ref, host=self.pool.host(1))
+        events = self.from_(['host'], token, 30.0)['events']
+        self.assertEqual({host, self.pool.host(1)}, {
+            event['ref'] for event in events
+        })
 
     def test_a_token_that_is_none_is_refused(self):
         for bad in ('x', '1', '-1,0', '1,2,3'):
@@ -329,6 +335,8 @@ class Events(unittest.TestCase):
         thread = threading.Thread(target=lambda: answers.append(client.raw(
             'event.from', client.session, ['pool'], token, 60.0)))
         thread.start()
+        thread.join(0.3)
+        self.assertTrue(thread.is_alive())
         self.pool.sessions.logout(client.session)
         thread.join(30)
         self.assertEqual(
@@ -370,23 +378,32 @@ class Many(unittest.TestCase):
         self.assertEqual(self.COUNT, len(batch['events']))
         self.assertEqual({'vdi': self.COUNT}, batch['valid_ref_counts'])
         # What one change costs does not grow with what there is.
-        looked = self.count_looks(pool.rows)
+        pool.rows._latest = looked = Counted(pool.rows._latest)
         ref = batch['events'][5]['ref']
         client.call('VDI.add_tags', ref, 'seen')
         batch = client.call('event.from', ['vdi'], batch['token'], 30.0)
         self.assertEqual([ref], [e['ref'] for e in batch['events']])
-        self.assertLess(looked(), 50)
+        self.assertLess(looked.count, 50)
 
-    def count_looks(self, rows):
-        """Return what says how many changes were looked at since."""
-        since, looks = rows.since, []
 
-        def counted(generation):
-            for change in since(generation):
-                looks.append(change)
-                yield change
-        rows.since = counted
-        return lambda: len(looks)
+class Counted(collections.OrderedDict):
+    """Counts what is looked at, newest first."""
+
+    count = 0
+
+    def items(self):
+        return Backwards(self, super().items())
+
+
+class Backwards:
+
+    def __init__(self, owner, items):
+        self._owner, self._items = owner, items
+
+    def __reversed__(self):
+        for item in reversed(self._items):
+            self._owner.count += 1
+            yield item
 
 
 class Found(unittest.TestCase):
@@ -402,3 +419,31 @@ class Found(unittest.TestCase):
         self.assertEqual([pool.ref], xenapi.pool.get_all())
         self.assertIsInstance(
             xenapi.host.get_servertime(pool.master), xmlrpc.client.DateTime)
+
+
+class Kept(unittest.TestCase):
+
+    def test_hosts_stay_in_order_whatever_they_are_called(self):
+        pool = xapi.simulator(self, hosts=12)
+        hosts = pool.hosts
+        pool.rows.update('host', hosts[3], name_label='a')
+        directory, world = pool.directory, pool.world
+        pool.stop()
+        again = xapi.simulator(self, directory=directory, world=world)
+        self.assertEqual(hosts, again.hosts)
+        self.assertEqual(
+            [f'pool-host-{n}' for n in (1, 2, 3)],
+            [again.rows.field('host', host, 'name_label')
+             for host in again.hosts[:3]],
+        )
+
+    def test_a_day_without_a_call_ends_a_session_uncollected_too(self):
+        pool = xapi.simulator(self, session_s=0.2)
+        client = xapi.Json(self, pool.url()).login()
+        end = time.monotonic() + 30
+        while 'error' not in (answer := client.raw(
+            'pool.get_all', client.session,
+        )):
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.3)
+        self.assertEqual('SESSION_INVALID', answer['error']['message'])

@@ -16,6 +16,7 @@ from volume import ids
 from volume import model
 from volume.drivers.xensm import chains
 from volume.drivers.xensm import vdis
+from volume.sim.xapi.sm.host import SmHost
 from volume.testing import fixtures
 from volume.testing import workbench
 from volume.testing.workbench import pattern
@@ -71,8 +72,12 @@ class Chains(xensm.SharedPool):
         self.assertLessEqual(pool.free_bytes, pool.total_bytes)
         return pool.total_bytes - pool.free_bytes
 
+    def pause_merging(self, is_paused: bool) -> None:
+        self.simulator.faults.gc_paused = is_paused
+        self.simulator.part(SmHost).gc_changed()
+
     def clear(self) -> None:
-        self.simulator.faults.gc_paused = False
+        self.pause_merging(False)
         for snapshot in list(self.seeds):
             self.driver.delete_snapshot(snapshot)
         self.driver.delete(self.volume)
@@ -110,7 +115,7 @@ class Chains(xensm.SharedPool):
         taken = []
         while self.chain().depth < chains.LIMIT:
             taken.append(self.take(len(taken)))
-        self.simulator.faults.gc_paused = True
+        self.pause_merging(True)
         for snapshot in taken[5:10]:
             self.driver.delete_snapshot(snapshot)
             del self.seeds[snapshot]
@@ -119,7 +124,7 @@ class Chains(xensm.SharedPool):
         with self.assertRaisesRegex(errors.Busy, 'merged by the server'):
             self.driver.snapshot(late)
         self.assertEqual(before, self.chain())
-        self.simulator.faults.gc_paused = False
+        self.pause_merging(False)
         deadline = time.monotonic() + MERGED_S
         while True:
             try:

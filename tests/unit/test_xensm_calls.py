@@ -189,6 +189,15 @@ class Kinds(unittest.TestCase):
         self.assertEqual('lvmoiscsi', kinds.find('LVHDoISCSI').type)
         self.assertEqual('lvm', kinds.find('lvhd').type)
 
+    def test_pages_show_the_tables(self):
+        pages = TOP.parent / 'doc' / 'source'
+        for page, directive in (
+            ('drivers/xensm.rst', 'xensm-types'),
+            ('admin/xensm.rst', 'xensm-calls'),
+        ):
+            text = (pages / page).read_text()
+            self.assertIn(f'\n.. {directive}::\n', text)
+
     def test_table_has_a_row_for_each_type(self):
         head, *rows = kinds.table()
         self.assertEqual(len(kinds.KINDS), len(rows))

@@ -110,6 +110,9 @@ def probe(
             step = probing.step(link, kind, config)
     finally:
         link.close()
+    for found in step.srs:
+        print(f'there is an SR {found.get("UUID", "")}; to use it:\n')
+        print(_section(settings, kind, config, found.get('UUID', '')))
     if step.key:
         if step.rows:
             show([dict(row) for row in step.rows])
@@ -124,9 +127,6 @@ def probe(
         return 1
     if not step.can_probe:
         print(f'type {kind.type} cannot be probed')
-    for found in step.srs:
-        print(f'there is an SR {found.get("UUID", "")}; to use it:\n')
-        print(_section(settings, kind, config, found.get('UUID', '')))
     if not step.srs:
         print('there is no SR yet; to format one:\n')
         print(_section(settings, kind, config))

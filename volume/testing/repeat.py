@@ -36,7 +36,12 @@ ACTS_MAX = 400
 QUESTIONS = (
     'allocated ', 'exists ', 'is_file ', 'list ', 'probe ', 'read ',
     'readlink ', 'size ', 'space ', 'qmp connect', 'qmp query-',
-    'qmp x-debug-query-',
+    'qmp x-debug-query-', 'xapi GET ', 'xapi event.', 'xapi nbd',
+    'xapi session.', *(
+        f'xapi {name}.get_' for name in (
+            'PBD', 'SM', 'SR', 'VBD', 'VDI', 'VM', 'host', 'pool', 'task',
+        )
+    ),
 )
 
 

@@ -31,7 +31,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     OPERATOR: ('VDI.add_tags', 'VDI.remove_tags', 'VDI.list_changed_blocks'),
     ADMIN: (
         'VDI.create', 'VDI.destroy', 'VDI.resize', 'VDI.snapshot',
-        'VDI.clone', 'VDI.copy', 'VDI.add_to_other_config', 'VDI.remove_from_other_config',
+        'VDI.clone', 'VDI.copy',
+        'VDI.add_to_other_config', 'VDI.remove_from_other_config',
         'VDI.set_name_label', 'VDI.set_name_description',
         'VDI.set_other_config', 'VDI.enable_cbt', 'VDI.get_nbd_info',
         'VBD.create', 'VBD.plug', 'VBD.unplug', 'VBD.unplug_force',

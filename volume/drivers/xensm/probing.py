@@ -28,6 +28,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     'aggregate': ('aggregate', 'Name', 'name'),
     'storagepool': ('name', 'Name', 'storagepool'),
 }
+ASKED_BY_CREATE = ('aggregate', 'storagepool')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +62,35 @@ def step(
     :raises VolumeError: the storage says otherwise that it cannot be so
     """
     host = host or srs.pool(link)[1]['master']
+    found: tuple[Mapping[str, str], ...] = ()
+    key = _next(kind, device_config)
     try:
         text = link.call(
             'SR.probe', host, dict(device_config), kind.type, {}
         )
+        found = tuple(_row(each) for each in srs.xml(text).iter('SR'))
+        if key not in ASKED_BY_CREATE:
+            return Step(srs=found)
+        # A filer lists these only where an SR is wanted without them, and
+        # refuses that before it makes anything.
+        link.call(
+            'SR.create', host, dict(device_config), '0', 'probe', '',
+            kind.type, 'user', kind.shared, {},
+        )
     except errors.VolumeError as failed:
         if failures.code(failed) in srs.NO_PROBE:
             return Step(can_probe=False, message=str(failed))
-        key = _next(kind, device_config)
         if not key or not failures.code(failed).startswith(failures.PREFIX):
             raise
         tree = _tree(failures.params(failed))
         if tree is None and failures.code(failed) != _missing(key):
             raise
         rows = tuple(_rows(tree)) if tree is not None else ()
-        return Step(key, rows, message=str(failed))
-    found = tuple(
-        _row(each) for each in srs.xml(text).iter('SR')
+        return Step(key, rows, found, str(failed))
+    raise errors.Unknown(
+        f'type {kind.type} made an SR called "probe", although {key} was '
+        'not given: look at it, and destroy it'
     )
-    return Step(srs=found)
 
 
 def section(

@@ -78,7 +78,7 @@ class VhdStorage(Storage):
     def delete(self, volume: model.Volume) -> None:
         with self._memory:
             self._born.pop(volume.id, None)
-        found = self.find(volume)
+        found = self._look_for(volume)
         if found is None:
             return
         self._refuse_snapshots(found, volume)
@@ -145,7 +145,7 @@ class VhdStorage(Storage):
         return vdi.uuid
 
     def disown(self, volume: model.Volume) -> None:
-        vdi = self.find(volume)
+        vdi = self._look_for(volume)
         if vdi is None:
             return
         self._refuse_snapshots(vdi, volume)
@@ -200,6 +200,14 @@ class VhdStorage(Storage):
             vdis.put(self.link, vdi.ref, {vdis.SIZE: str(size_bytes)})
 
     # Ours alone.
+
+    def _look_for(self, volume: model.Volume) -> Vdi | None:
+        """Return a volume's VDI, also one whose name is not its own.
+
+        A disown that did not come to its end has left it so.
+        """
+        return self.find(volume) or vdis.choose(
+            vdis.all_of(self.link, self.ref()), volume)
 
     def _keys_too(self, size_bytes: int, note: str) -> dict[str, str]:
         keys = {vdis.FRESH: 'yes'}

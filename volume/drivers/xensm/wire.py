@@ -17,6 +17,7 @@ import xmlrpc.client
 from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+from xml.parsers.expat import ExpatError
 
 import XenAPI
 
@@ -25,6 +26,11 @@ from volume.drivers.xensm.failures import Failure
 from volume.drivers.xensm.options import Settings
 
 REPLY_BYTES_MAX = 1 << 28
+# What the parser raises on what is no XML-RPC.
+GARBLED = (
+    ExpatError, xmlrpc.client.ResponseError, ValueError, TypeError,
+    LookupError, AttributeError, OverflowError,
+)
 
 
 class NotSent(Exception):
@@ -176,7 +182,7 @@ class _Transport(xmlrpc.client.Transport):
             return unmarshaller.close()
         except xmlrpc.client.Fault:
             raise
-        except Exception as failed:
+        except GARBLED as failed:
             raise Lost(f'{self.url}: the reply is no XML-RPC') from failed
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ REASONS = {
     200: 'OK', 302: 'Found', 400: 'Bad Request', 401: 'Unauthorised',
     403: 'Forbidden', 404: 'Not Found', 500: 'Internal Server Error',
 }
-KINDS = frozenset({REFUSE, DELAY, DROP, KILL_MASTER, LOSE_REPLY})
+KINDS = frozenset({REFUSE, DELAY, DROP, KILL_MASTER})
 
 
 class Answer(Exception):
@@ -103,7 +103,6 @@ class _Request:
         self.query = {
             **{key: morsel.value for key, morsel in cookies.items()}, **query,
         }
-        self.is_answered = False
         self.is_mute = False
         self.task: Task
         self.ctx: Ctx
@@ -127,10 +126,15 @@ class _Request:
         """Do it, and let the task tell how it went."""
         tasks, task = self.pool.tasks, self.task
         try:
+            # The 200 comes first, so it is there that an answer is lost.
+            self.is_mute = bool(self.pool.faults.take(
+                self.name, AFTER, kinds=frozenset({LOSE_REPLY})))
             self._hurt(BEFORE)
             result = work(self)
             self._hurt(AFTER)
             tasks.succeed(task, result)
+            if self.is_mute:
+                raise wires.Cut
         except Answer:
             tasks.fail(task, internal('Unknown format or encoding'))
             raise
@@ -138,7 +142,7 @@ class _Request:
             tasks.fail(task, failure)
             raise wires.Cut from None
         except wires.Cut:
-            tasks.fail(task, _io_error())
+            tasks.fail(task, _io_error())  # unless it is over
             raise
         except Failure as failure:
             tasks.fail(task, failure)
@@ -162,10 +166,8 @@ class _Request:
             elif fault.kind == KILL_MASTER:
                 self.pool.kill_master()
                 raise Hangup
-            elif fault.kind == DROP:
-                raise wires.Cut
             else:
-                raise Hangup
+                raise wires.Cut
 
     # -- who, what and where ------------------------------------------------
 
@@ -279,6 +281,8 @@ class _Request:
 
     def answer(self, status: int, **headers: str) -> None:
         """Send a head, be it inside the body of another."""
+        if self.is_mute:
+            return
         lines = [
             f'HTTP/1.1 {status} {REASONS[status]}', 'connection: close',
             'cache-control: no-cache, no-store',

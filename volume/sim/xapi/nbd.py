@@ -106,8 +106,9 @@ class NbdServer:
         self._is_ending = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        # Closed under its thread it would not wake every kind of thread.
         self._thread.join()
+        self._listener.close()
         with self._lock:
             clients = dict(self._clients)
         for client in clients:

@@ -185,10 +185,7 @@ class Pool:
     @property
     def hosts(self) -> list[str]:
         """Return the references of the hosts, in the order made."""
-        return sorted(
-            self.rows.all('host'),
-            key=lambda ref: str(self.rows.field('host', ref, 'name_label')),
-        )
+        return self.rows.all('host')
 
     @property
     def master(self) -> str:

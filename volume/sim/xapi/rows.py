@@ -88,10 +88,14 @@ class Rows:
 
     def _load(self) -> None:
         self.generation = int(self._store.fact('generation', '0'))
+        # All is listed in the order in which it was made, as before.
         for ref, cls, created, modified, fields in self._store.load():
             self._entries[cls][ref] = _Entry(fields, created, modified)
             self._latest[cls, ref] = modified
             self._index_row(cls, ref, fields)
+        self._latest = collections.OrderedDict(
+            sorted(self._latest.items(), key=lambda item: item[1]),
+        )
         if self.generation:
             self.generation += _LEAP
 
@@ -204,7 +208,7 @@ class Rows:
             return ref in self._entries[cls]
 
     def all(self, cls: str) -> list[str]:
-        """Return the references of all objects of a class."""
+        """Return the references of a class, the oldest object first."""
         with self.lock:
             return list(self._entries[cls])
 

@@ -43,7 +43,7 @@ class Store:
         """Yield ref, class, created, modified and fields of each row."""
         for ref, cls, created, modified, fields in self._database.execute(
             'SELECT ref, class, created, modified, fields FROM rows '
-            'ORDER BY modified',
+            'ORDER BY created',
         ):
             yield ref, cls, created, modified, {
                 name: _time(value)

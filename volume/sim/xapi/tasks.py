@@ -7,8 +7,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-from xml.sax.saxutils import escape
 
+from volume.sim.xapi import wire
 from volume.sim.xapi.failure import Cancelled
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.values import DateTime
@@ -236,6 +236,4 @@ class Tasks:
 
 def value(result: object) -> str:
     """Return a result as a task's row has it: XML in a string."""
-    if result is None:
-        return ''
-    return f'<value>{escape(str(result))}</value>'
+    return '' if result is None else wire.element(result)

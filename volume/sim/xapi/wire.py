@@ -85,10 +85,15 @@ def _answer(inner: str) -> bytes:
     ).encode()
 
 
-def _member(name: str, value: Any) -> str:
+def element(value: Any) -> str:
+    """Return one value as XML."""
     parts: list[str] = []
     _write(value, parts)
-    return f'<member><name>{escape(name)}</name>{"".join(parts)}</member>'
+    return ''.join(parts)
+
+
+def _member(name: str, value: Any) -> str:
+    return f'<member><name>{escape(name)}</name>{element(value)}</member>'
 
 
 def _write(value: Any, parts: list[str]) -> None:

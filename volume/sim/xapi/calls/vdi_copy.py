@@ -53,7 +53,8 @@ def copy(
             _assert_fits(pool, source, target)
             _copy_bytes(pool, ctx, vdi, target, base)
         except BaseException:
-            if is_new:
+            # Of a host that has died nothing cleans up.
+            if is_new and pool.is_up(ctx.host):
                 _discard(pool, ctx, target)
             raise
     return target
@@ -86,7 +87,8 @@ def pool_migrate(
         try:
             _mirror(pool, ctx, vdi, new, users)
         except BaseException:
-            _discard(pool, ctx, new)
+            if pool.is_up(ctx.host):
+                _discard(pool, ctx, new)
             raise
     guests(pool).wait_left(vdi, 10.0)
     pool.call(ctx, 'VDI.destroy', vdi)

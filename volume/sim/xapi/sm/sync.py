@@ -66,15 +66,13 @@ def replace_all(pool: Pool, sr: str, infos: Iterable[Info]) -> None:
     rows = pool.rows
     there = {info.location: info for info in infos}
     for vdi in rows.find('VDI', SR=sr):
-        row = rows.get('VDI', vdi)
-        info = there.pop(row['location'], None)
-        if info is None and row['type'] == 'cbt_metadata':
-            continue  # its data was destroyed, what changed was kept
-        if info is None:
-            cbt.logs(pool).delete(row['uuid'])
-            remove(pool, vdi)
-        else:
+        info = there.pop(rows.field('VDI', vdi, 'location'), None)
+        if info is not None:
             refresh(pool, vdi, info)
+        elif rows.field('VDI', vdi, 'type') != 'cbt_metadata':
+            # Of that the data was destroyed, and what changed was kept.
+            cbt.logs(pool).delete(rows.field('VDI', vdi, 'uuid'))
+            remove(pool, vdi)
     for info in there.values():
         add(pool, sr, info)
 

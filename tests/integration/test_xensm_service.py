@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service with a pool as its backend: what a batch costs, and trouble."""
+
+import os
+import time
+import unittest
+
+from tests import xapi
+from tests import xensm
+from tests.integration import serving
+from volume import periodic
+from volume.sim.xapi.faults import Fault
+
+COUNT = 1000 if os.environ.get('VOLUME_PROOF') else 60
+WAIT_S = 600
+
+
+class Service(unittest.TestCase):
+
+    def setUp(self):
+        self.pool = xapi.simulator(self)
+        self.sr_uuid = xapi.nfs_sr(self.pool)
+        self.world = serving.World(
+            self, names='fast, xen',
+            settings='job_retry_s = 600\nsweep_interval_s = 0.1',
+            sections=(
+                '[xen]\ndriver = xensm\noversubscription = 100\n'
+                f'addresses = {self.pool.url(0)}, {self.pool.url(1)}\n'
+                f'password = secret\nsr_uuid = {self.sr_uuid}\n'
+                'timeout_s = 10\n'
+            ),
+        )
+        self.backend = self.world.service.runner.backends['xen']
+        self.assertTrue(self.backend.is_up, self.backend.reason)
+        self.calls = []
+        self.backend.driver._opened[1].records.append(self.calls.append)
+
+    def create(self, number=0):
+        answer = self.world.ask('POST', '/v3/volumes', {'volume': {
+            'name': f'v{number}', 'size': 1, 'volume_type': 'xen',
+        }})
+        self.assertEqual(202, answer.status, answer.text)
+        return answer.json['volume']['id']
+
+    def settle(self):
+        """Wait until each volume is available; return all of them."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            rows = self.world.ask(
+                'GET', '/v3/volumes/detail?limit=1000').json['volumes']
+            left = [row for row in rows if row['status'] != 'available']
+            if not left:
+                return rows
+            self.assertLess(time.monotonic(), deadline, left[:3])
+            time.sleep(0.05)
+
+    def stored(self):
+        rows = self.pool.rows
+        return [rows.field('VDI', ref, 'name_label')
+                for ref in rows.all('VDI')]
+
+    def check(self):
+        periodic.refresh(
+            self.world.core, [self.backend], 'node-1', wait_s=60)
+
+    def test_batch_of_volumes_costs_three_calls_each(self):
+        made = {self.create(number) for number in range(COUNT)}
+        self.settle()
+        self.assertEqual(
+            {f'volume-{each}' for each in made}, set(self.stored()))
+        self.assertEqual(COUNT, len(self.stored()))
+        self.assertLessEqual(len(self.calls), 3 * COUNT, self.calls[-9:])
+
+    def test_master_that_dies_in_mid_create_leaves_one_vdi(self):
+        self.pool.faults.add(Fault('VDI.create', 'kill_master', 'after'))
+        made = self.create()
+        self.settle()
+        self.assertEqual([f'volume-{made}'], self.stored())
+        self.assertNotEqual(
+            self.pool.url(0), self.backend.driver._opened[1].session().url)
+
+    def test_sr_that_goes_away_comes_back_without_a_hand(self):
+        first = self.create()
+        self.settle()
+        self.pool.faults.put_sr_offline(self.sr_uuid)
+        with xensm.session(self.pool) as xenapi:
+            sr = xenapi.SR.get_by_uuid(self.sr_uuid)
+            for pbd in xenapi.SR.get_PBDs(sr):
+                xenapi.PBD.unplug(pbd)
+        second = self.create()
+        self.check()
+        self.assertFalse(self.backend.is_up)
+        self.assertIn(self.sr_uuid, self.backend.reason)
+        row = self.world.ask('GET', f'/v3/volumes/{second}').json['volume']
+        self.assertEqual('creating', row['status'])
+        self.pool.faults.put_sr_online(self.sr_uuid)
+        self.check()
+        self.assertTrue(self.backend.is_up, self.backend.reason)
+        self.settle()
+        self.assertEqual(
+            {f'volume-{first}', f'volume-{second}'}, set(self.stored()))
