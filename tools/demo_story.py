@@ -36,6 +36,8 @@ SEED = 1  # the same noise each time
 class Demo:
     """The steps, in order; each leaves the next one what it needs."""
 
+    through = 'over NBD'
+
     def __init__(
         self,
         screen: Screen,
@@ -142,7 +144,7 @@ class Demo:
     def verify(self, image: Image) -> None:
         """Every byte, by two programs that share no code."""
         with self.screen.step('verify') as step:
-            step.doing('by our NBD client')
+            step.doing('by the one who uses it')
             count = self.same(self.disk, image.raw)
             step.doing('by qemu-img')
             self.disk.compare_by_qemu(image.qcow2, 'qcow2')
@@ -157,7 +159,7 @@ class Demo:
             self.copy = self.path('copy.raw')
             self.disk.pull(self.copy)
             said = self.fsck(self.copy)
-            step.done(f'-fn on what was read over NBD: clean, {said}')
+            step.done(f'-fn on what was read {self.through}: clean, {said}')
 
     def write(self) -> None:
         """A file system is changed as a host changes it: by blocks."""
@@ -183,7 +185,7 @@ class Demo:
             )
             step.done(
                 f'{size(os.path.getsize(local))} file added, {size(written)} '
-                'of blocks over NBD; reads back, e2fsck: clean'
+                f'of blocks {self.through}; reads back, e2fsck: clean'
             )
 
     def snapshot(self) -> None:
@@ -242,7 +244,7 @@ class Demo:
             self.disk.attach()
             count = self.same(self.disk, self.copy)
             step.done(
-                'refused while attached; detached, URI dead; all '
+                'refused while attached; detached, gone there; all '
                 f'{size(count)} as it was'
             )
 
@@ -257,7 +259,7 @@ class Demo:
             self.settle(self.volume_id, step)
             self.disk.attach()
             self.screen.check(
-                self.disk.size_bytes == wanted, 'the NBD disk did not grow'
+                self.disk.size_bytes == wanted, 'the disk did not grow'
             )
             self.same(self.disk, self.copy)
             step.done(

@@ -256,7 +256,7 @@ class XenService(Service):
         return sum(
             os.lstat(os.path.join(where, name)).st_blocks * 512
             for where, _, names in os.walk(self._world) for name in names
-            if name.endswith('.vhd')
+            if name.endswith('.vhd') or name.startswith('VHD-')
         )
 
 

@@ -31,6 +31,8 @@ NAMES = ('fast', 'archive', 'single', 'luns')
 class XenDemo(Demo):
     """The steps, in order."""
 
+    through = 'by the guest'
+
     def make_service(self) -> Service:
         self.pool = XenPool(self.family, self.directory, 'home')
         self.other = XenPool(self.family, self.directory, 'other')
@@ -102,6 +104,9 @@ class XenDemo(Demo):
             self.pool.control('POST', '/master', {})
             self.disk.write(word, self.volume_bytes)
             self.settle(volume_id, step)
+            made = self.pool.link.call(
+                'VDI.get_by_name_label', f'volume-{volume_id}')
+            self.screen.check(len(made) == 1, f'{len(made)} VDIs were made')
             self.service.delete('volume', volume_id)
             self.screen.check(
                 self.disk.read(self.volume_bytes, len(word)) == word,

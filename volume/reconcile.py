@@ -117,7 +117,10 @@ def look(
         for pool in backend.pools:
             with backend.guard('scan'):
                 stored[name, pool] = list(backend.need().scan(pool))
-        if backend.exporter is not None:
+        # What hosts reach by themselves is exported by nobody.
+        if backend.exporter is not None and not isinstance(
+            backend.driver, base.NativeAccess
+        ):
             with backend.guard('exported'):
                 exported[name] = backend.exporter.exported()
     after = view(db)

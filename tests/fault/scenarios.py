@@ -8,6 +8,7 @@ world's own invariants). Bytes are patterns of one letter a MiB.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -29,6 +30,7 @@ CONNECTOR = {'host': 'compute-1', 'ip': '192.0.2.1'}
 OTHER = {'host': 'compute-2', 'ip': '192.0.2.2'}
 
 
+@functools.cache
 def pattern(letter: str, offset: int = MIB) -> bytes:
     """Return a volume's bytes: zeros but for one MiB of a letter."""
     return (

@@ -88,6 +88,14 @@ def shelf() -> Shelf:
     return Shelf()
 
 
+def open_jobs(rows: list[models.Job]) -> list[str]:
+    """Say where those jobs are that have not ended."""
+    return [
+        f'{row.kind} {row.direction} {row.step}: {row.error}'
+        for row in rows if row.state == 'open'
+    ]
+
+
 class World:
     """One node with one backend named ``b``, its pool, and its database."""
 
@@ -213,10 +221,7 @@ class World:
         }
 
     def open_jobs(self) -> list[str]:
-        return [
-            f'{row.kind} {row.direction} {row.step}: {row.error}'
-            for row in self.all(models.Job) if row.state == 'open'
-        ]
+        return open_jobs(self.all(models.Job))
 
     def driver(self) -> base.Driver:
         return self.backends['b'].need()
@@ -260,42 +265,40 @@ class World:
     def disagreements(self) -> list[str]:
         """Return what is wrong: rows, storage, claims, exports, leases."""
         wrong: list[str] = []
-        volumes = self.live(models.Volume)
-        snapshots = self.live(models.Snapshot)
-        must = {
-            row.id for row in [*volumes.values(), *snapshots.values()]
-            if row.status in HELD
-        }
+        every = self.db.read(lambda s: {
+            table: list(s.scalars(select(table))) for table in (
+                models.Volume, models.Snapshot, models.Pool, models.Device,
+                models.Job, models.Attachment,
+            )
+        })
+        rows = [*every[models.Volume], *every[models.Snapshot]]
+        live = [row for row in rows if row.deleted_at is None]
+        must = {row.id for row in live if row.status in HELD}
         stored = self.stored()
         if must - stored:
             wrong.append(f'not stored: {must - stored}')
         may = must | {
-            row.id for row in [*volumes.values(), *snapshots.values()]
-            if row.status == 'error_deleting'
+            row.id for row in live if row.status == 'error_deleting'
         }
         if stored - may:
             wrong.append(f'stored for nobody: {stored - may}')
-        for row in [*volumes.values(), *snapshots.values()]:
+        for row in live:
             if row.status in models.TRANSITIONAL - HELD:
                 wrong.append(f'{row.id} stays {row.status}')
             if row.lease_shared:
                 wrong.append(f'{row.id} stays shared {row.lease_shared}')
-        claimed = sum(
-            row.claimed_bytes for row in [
-                *self.all(models.Volume), *self.all(models.Snapshot)
-            ]
-        )
-        for pool in self.all(models.Pool):
+        claimed = sum(row.claimed_bytes for row in rows)
+        for pool in every[models.Pool]:
             if pool.claimed_bytes != claimed:
                 wrong.append(f'claims {pool.claimed_bytes} != {claimed}')
-        for device in self.all(models.Device):
+        for device in every[models.Device]:
             if device.claimed_bytes != claimed:
                 wrong.append(f'device {device.claimed_bytes} != {claimed}')
-        wrong += self.open_jobs()
+        wrong += open_jobs(every[models.Job])
         exporter = self.backends['b'].exporter
         if exporter is not None:
             connected = {
-                row.id for row in self.all(models.Attachment)
+                row.id for row in every[models.Attachment]
                 if row.is_connected
             }
             exported = exporter.exported()

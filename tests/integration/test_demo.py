@@ -42,6 +42,16 @@ class Demo(unittest.TestCase):
         self.assertRegex(said, r'All \d+ checks in \d+ steps passed')
         self.assert_nothing_left()
 
+    @unittest.skipUnless(
+        os.environ.get('VOLUME_PROOF'), 'VOLUME_PROOF is not set: a long run'
+    )
+    def test_every_step_passes_on_simulated_xen_pools(self):
+        demo = self.start('xensm', '--small')
+        said, _ = demo.communicate(timeout=LIMIT_S)
+        self.assertEqual(0, demo.returncode, said)
+        self.assertRegex(said, r'All \d+ checks in \d+ steps passed')
+        self.assert_nothing_left()
+
     def test_interrupted_in_its_middle_it_cleans_up(self):
         demo = self.start('--small')
         # The next step has a service, a block daemon and two open creates.

@@ -228,7 +228,7 @@ class Shape(Calls):
         )
 
     def test_a_value_of_another_type_is_refused_with_its_name(self):
-        for value in ('many', True, {}):
+        for value in ('many', '1_0', ' 1', str(1 << 63), True, {}):
             self.assertEqual(
                 ['FIELD_TYPE_ERROR', 'size'],
                 self.refused(self.xenapi.VDI.resize, DEAD, value),

@@ -11,6 +11,8 @@ import XenAPI
 
 from tests import xapi
 from volume.sim.xapi.faults import Fault
+from volume.sim.xapi.registry import Ctx
+from volume.sim.xapi.registry import Session
 
 GONE = (http.client.HTTPException, OSError)
 ROOM = 100 << 30
@@ -143,6 +145,33 @@ class Faults(unittest.TestCase):
         record = xapi.wait(xenapi, task)
         self.assertEqual('cancelled', record['status'])
         self.assertEqual(1, len(self.disks()))
+
+    def test_what_waits_on_a_master_that_dies_is_never_done(self):
+        sr = self.pool.rows.by_uuid('SR', self.sr)
+        ctx = Ctx(Session('', 'pool-admin'), self.pool.master, 'OpaqueRef:t')
+        with self.pool.operations.sr(ctx, sr, 'scan'):
+            task = self.create('Async.VDI.create')['result']
+            self.pool.kill_master()
+        self.end_of_work()
+        self.assertEqual([], self.disks())
+        self.assertEqual(
+            'cancelled', self.pool.rows.field('task', task, 'status'))
+
+    def test_how_work_on_a_dead_master_ends_is_told_to_nobody(self):
+        self.pool.faults.add(Fault(
+            'VDI.create', 'delay', 'after', params=(0.5,)))
+        task = self.create('Async.VDI.create')['result']
+        while not self.pool.faults.happened:
+            time.sleep(0.01)
+        self.pool.kill_master()
+        self.end_of_work()
+        self.assertEqual(
+            'cancelled', self.pool.rows.field('task', task, 'status'))
+
+    def end_of_work(self):
+        for thread in threading.enumerate():
+            if thread.name.startswith('xapi-VDI'):
+                thread.join(30)
 
     def wait_for_death(self):
         with self.pool.rows.changed:

@@ -338,6 +338,30 @@ class Adopted(Case):
             self.driver.adopt(uuid, self.wish())
 
 
+class Capacity(Case):
+
+    def test_what_a_deleted_snapshot_leaves_is_told_until_it_is_merged(self):
+        volume = self.volume()
+        with self.driver.writer(volume) as writer:
+            writer.write(b'\x5a' * SIZE)
+            writer.commit()
+        snapshot = model.Snapshot(ids.new(), volume, SIZE)
+        self.pool.faults.gc_paused = True
+        self.driver.snapshot(snapshot)
+        self.assertEqual(0, self.look().hidden_bytes)
+        used = self.look().free_bytes
+        self.driver.delete_snapshot(snapshot)
+        self.assertGreaterEqual(self.look().hidden_bytes, SIZE)
+        self.assertLessEqual(self.look().free_bytes, used + model.MIB)
+
+    def look(self):
+        """Return the pool as of now, and not of half a minute ago."""
+        storage = self.driver._storages[self.sr_uuid]
+        storage._looked_at = float('-inf')
+        storage._count_at = 0.0
+        return self.driver.pools()[0]
+
+
 class Thick(Case):
 
     def make_sr(self):

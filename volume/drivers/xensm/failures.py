@@ -46,6 +46,8 @@ TABLE: dict[str, Meaning] = {
         'the SR is plugged nowhere (on a shared one: not on the master)'),
     'NOT_SUPPORTED_DURING_UPGRADE': (
         errors.Unavailable, 'the pool is being upgraded'),
+    'EVENT_FROM_TOKEN_PARSE_FAILURE': (
+        errors.Unavailable, 'the stream of events has begun anew'),
     'TASK_CANCELLED': (errors.Unavailable, 'the task was cancelled'),
     'CANNOT_CONTACT_HOST': (
         errors.Unknown, 'the master lost host {0} in the middle of it'),

@@ -33,6 +33,7 @@ LOCK_S = 900.0
 WAIT_S = 120.0
 POLL_S = 1.0
 PLUG_S = 300.0
+PENDING_S = 20.0
 KEY = 'volume:sr'
 # What the server answers when it has nothing to probe a type with.
 NO_PROBE = ('FAULT', 'INTERNAL_ERROR', 'SR_OPERATION_NOT_SUPPORTED',
@@ -318,18 +319,22 @@ def create(
     return get(link, ref)
 
 
-def refuse_pending(link: Link) -> None:
+def refuse_pending(link: Link, wait_s: float = PENDING_S) -> None:
     """Wait for an SR that a service may have asked for before it died.
 
-    :raises Busy: the pool is making one
+    :raises Busy: the pool is still making one
     """
-    for record in link.call('task.get_all_records').values():
-        if record['status'] in tasks.OPEN and (
-            record['name_label'].endswith('SR.create')
-        ):
+    deadline = time.monotonic() + wait_s
+    while any(
+        record['status'] in tasks.OPEN
+        and record['name_label'].endswith('SR.create')
+        for record in link.call('task.get_all_records').values()
+    ):
+        if time.monotonic() >= deadline:
             raise errors.Busy(
                 'the pool is making an SR already: wait until it is there'
             )
+        time.sleep(POLL_S)
 
 
 def refuse_used(

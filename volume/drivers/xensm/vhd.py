@@ -60,6 +60,7 @@ class VhdStorage(Storage):
                 if found is not None:
                     return self._same(found, volume)
             note = _text(volume.note) if volume.note else ''
+            started = time.monotonic()
             try:
                 ref = self.link.call('VDI.create', vdis.record(
                     volume, self.ref(), self.rounded(volume.size_bytes),
@@ -68,6 +69,7 @@ class VhdStorage(Storage):
             except errors.Unknown:
                 self._settled_at = -SETTLED_S
                 raise
+            self.was_served(started)
             made = vdis.get(self.link, ref)
         with self._memory:
             self._born[volume.id] = ref, note

@@ -221,6 +221,8 @@ def _is_dead(connection: http.client.HTTPConnection) -> bool:
     """Say whether the far side has closed a connection that lay idle."""
     if connection.sock is None:
         return True
+    if not hasattr(select, 'poll'):  # so it is under eventlet
+        return bool(select.select([connection.sock], [], [], 0)[0])
     poll = select.poll()
     poll.register(connection.sock, select.POLLIN)
     return bool(poll.poll(0))

@@ -159,6 +159,11 @@ def _behave(pool: Pool, vm: str, body: Any) -> Any:
     return dataclasses.asdict(behaviour)
 
 
+def _calls(pool: Pool, words: list[str], body: Any) -> Any:
+    """How often each call came since the start, whoever made it."""
+    return dict(pool.calls)
+
+
 def _add_fault(pool: Pool, words: list[str], body: Any) -> Any:
     return dataclasses.asdict(pool.faults.add(Fault(**body)))
 
@@ -258,4 +263,5 @@ _VERBS: Final[dict[tuple[str, str], Verb]] = {
     ('POST', 'clock'): _advance,
     ('POST', 'booting'): _booting,
     ('GET', 'state'): _state,
+    ('GET', 'calls'): _calls,
 }

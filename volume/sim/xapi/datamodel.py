@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any, Final
@@ -25,6 +26,9 @@ ROLES: Final = (
     'pool-operator', 'pool-admin',
 )
 OPTIONAL: Final = 'optional'
+
+_WHOLE = re.compile('[+-]?[0-9]{1,20}')
+_INT64 = 1 << 63
 
 # What comes after a release that is not named yet.
 _NEXT = '-next'
@@ -263,6 +267,10 @@ def _scalar(kind: str, value: Any) -> Any:
         # A string in XML, a number in JSON; both are read everywhere.
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise TypeError(value)
+        if isinstance(value, str) and not _WHOLE.fullmatch(value):
+            raise ValueError(value)
+        if not -_INT64 <= int(value) < _INT64:
+            raise ValueError(value)
         return int(value)
     if kind == 'float':
         if isinstance(value, bool) or not isinstance(value, float | int):

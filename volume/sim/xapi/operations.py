@@ -137,6 +137,8 @@ class Operations:
                     other[0],
                 )
             self._freed.wait(min(left, _LOOK_S))
+        # Whose host died while it waited does not begin.
+        ctx.check_cancelled()
 
     def _other(
         self, key: tuple[str, str], operation: str,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 import time
@@ -101,6 +102,8 @@ class Pool:
         self._making = threading.RLock()
         self._stops: list[registry.Stop] = []
         self.stopping = threading.Event()
+        self.calls: collections.Counter[str] = collections.Counter()
+        self._counting = threading.Lock()
         self.model = datamodel.load()
         self.rows = Rows(self.directory / 'rows.db', self.model)
         self.faults = Faults()
@@ -324,6 +327,8 @@ class Pool:
         message = self.model.message(plain)
         if message is None:
             raise Failure('MESSAGE_METHOD_UNKNOWN', method)
+        with self._counting:
+            self.calls[method] += 1
         self.model.check_release(message, self.profile.release)
         if is_async and not message.is_async:
             raise Fault(f'No async mode for this operation (rpc: {method})')

@@ -134,6 +134,10 @@ class Manager(abc.ABC):
     def detach(self, host_ref: str) -> None:
         """Unplug on a host."""
 
+    def close(self) -> None:
+        """Let go of all files at the end of the server; all stays plugged."""
+        self.taps.close()
+
     @abc.abstractmethod
     def scan(self) -> list[Info]:
         """Return every VDI, hidden parents as well (``managed=False``)."""

@@ -220,6 +220,11 @@ class SmHost:
             refs = list(self._collectors)
         for sr in refs:
             self.stop_collecting(sr)
+        with self._lock:
+            managers = [*self._managers.values()]
+            self._managers.clear()
+        for manager in managers:
+            manager.close()
 
     def _delay_s(self) -> float:
         by_order = self._pool.faults.gc_delay_s

@@ -140,6 +140,11 @@ class LvmSr(ChainManager):
                 names, _ = self.place()
                 self.world.give_back(f'groups/{names[0]}', self.pool.uuid)
 
+    def close(self) -> None:
+        super().close()
+        if self._group is not None:
+            self._group.close()
+
     def sizes(self) -> Sizes:
         _, size_bytes = self.place()
         self.group.resize(size_bytes)

@@ -175,6 +175,14 @@ class Taps:
                 shared.pause()
             yield
 
+    def close(self) -> None:
+        """Close the files of who did not; they open them again if used."""
+        with self._lock:
+            left = list(self._shared.values())
+        for shared in left:
+            with shared.lock:
+                shared.pause()
+
     def _forget(self, shared: _Shared) -> None:
         """Leave no trace of a VDI that was paused and that nobody holds."""
         with self._lock:
