@@ -12,7 +12,9 @@ import atexit
 import contextlib
 import functools
 import os
+import shutil
 import sys
+import tempfile
 import unittest
 from typing import Any, TypeVar
 
@@ -125,10 +127,35 @@ def make(test: Any, clock: Any = None) -> Database:
     """Return an empty database of the newest version, closed with the test."""
     if kind(test) != 'sqlite':
         return _borrow(test, clock or Clock())
-    db = Database(url(test), clock or Clock())
+    made = url(test)
+    copy(made)
+    db = Database(made, clock or Clock())
     test.addCleanup(db.close)
-    migrate.upgrade(db)
     return db
+
+
+@functools.cache
+def template() -> str:
+    """Return the path of an empty SQLite database of the newest version."""
+    directory = tempfile.mkdtemp(prefix='vt', dir='/tmp')
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    path = os.path.join(directory, 'empty.sqlite')
+    db = Database(f'sqlite:///{path}')
+    migrate.upgrade(db)
+    db.close()
+    return path
+
+
+def copy(made: str) -> None:
+    """Put an empty database in the place of which there is the URL.
+
+    A migration takes longer than most tests do; those of it, and those with
+    several nodes, begin with nothing.
+    """
+    path = sqlalchemy.make_url(made).database
+    assert path
+    shutil.copyfile(template(), path)
+    os.chmod(path, 0o600)
 
 
 _free: dict[str, list[str]] = {name: [] for name in SERVERS}

@@ -71,6 +71,8 @@ class ServiceProcess:
         self.conf_file = os.path.join(self.root, 'volume.conf')
         # A service of a chosen kind keeps it when it is configured again.
         self._database = database.option(test, extra)
+        if not self._database and 'database =' not in extra:
+            database.copy(f'sqlite:///{self.state}/volume.sqlite')
         self.configure(sections, extra=extra, backends=backends)
         self.process: subprocess.Popen[str] | None = None
         self.log = os.path.join(self.root, 'log')

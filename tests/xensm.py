@@ -35,7 +35,7 @@ class _Class:
 class SharedPool(workbench.Case):
     """One simulated pool and SR for all tests of the class."""
 
-    profile = 'xcp-ng-8.3'
+    profile: Any = 'xcp-ng-8.3'
     by_nbd = False
     switches: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def equal_sr(pool: Any) -> str:
     """Make an SR on a group of arrays; return its uuid."""
     pool.world.add_array(
         'equal', '192.0.2.9', 'grpadmin', 'secret',
-        {'default': {'size': 100 * GIB}})
+        {'default': {'size': 16384 * GIB}})
     return str(xapi.make_sr(pool, 'equal', {
         'target': '192.0.2.9', 'username': 'grpadmin', 'password': 'secret',
         'storagepool': 'default', 'allocation': 'thin'}))

@@ -10,6 +10,7 @@ from tests import xensm
 from volume import model
 from volume.connector.xensm import XenSmConnector
 from volume.connector.xensm_host import XenHost
+from volume.drivers.xensm import calls
 from volume.drivers.xensm import poolfile
 from volume.drivers.xensm.link import Link
 from volume.node import Node
@@ -23,6 +24,7 @@ class ComputeHost:
     def __init__(
         self, test: Any, pool: Any, at: int = 0, name: str = ''
     ) -> None:
+        self.test = test
         self.pool = pool
         self.name = name or f'compute-{pool.uuid[:4]}-{at}'
         self.node: Node = fixtures.make_node(test)
@@ -33,6 +35,7 @@ class ComputeHost:
     def connect(self, vm: str, **options: Any) -> XenSmConnector:
         """Return a connector of a process of its own on this host."""
         link = Link(poolfile.load(self.path).settings, self.node)
+        record_calls(self.test, link)
         return XenSmConnector(
             self.node, XenHost(self.path, link, vm),
             **{'sleep': lambda pause_s: None, **options},
@@ -58,6 +61,15 @@ class ComputeHost:
         rows = self.pool.rows
         ref = rows.by_uuid('VM', vm or self.vm)
         return [rows.get('VBD', vbd) for vbd in rows.find('VBD', VM=ref)]
+
+
+def record_calls(test: Any, link: Link) -> None:
+    """See, after the test, that each call is one that we say we make."""
+    made: set[str] = set()
+    link.records.append(made.add)
+    test.addCleanup(lambda: test.assertEqual(
+        set(), {m.removeprefix('Async.') for m in made} - set(calls.ROLE)
+    ))
 
 
 def make_vm(pool: Any, at: int = 0, *, is_running: bool = True) -> str:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import bench_embedded
 import bench_scale
 import bench_stack
+import bench_xensm
 from bench_table import Figure
 from bench_table import lines
 from bench_table import write
@@ -35,7 +36,7 @@ PAGE = TOP / 'doc' / 'source' / 'performance.rst'
 FREE_BYTES = 8 << 30
 PARTS = {
     'embedded': bench_embedded.figures, 'scale': bench_scale.figures,
-    'stack': bench_stack.figures,
+    'stack': bench_stack.figures, 'xensm': bench_xensm.figures,
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -31,7 +32,9 @@ from volume.notify import Notify
 from volume.rpcverb import verbs_of
 
 with warnings.catch_warnings():
-    # It imports eventlet, which tells every user that it will retire.
+    # It imports eventlet, which tells every user that it will retire, and
+    # whose resolver is the third of a start and used by nobody.
+    os.environ.setdefault('EVENTLET_NO_GREENDNS', 'yes')
     warnings.simplefilter('ignore')
     import oslo_messaging as messaging
     from oslo_messaging import opts as messaging_opts

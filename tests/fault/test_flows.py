@@ -38,12 +38,13 @@ from volume.verbs import volumes
 PROOF = bool(os.environ.get('VOLUME_PROOF'))
 LOOKS = re.compile(
     '(exists|is_file|size|allocated|space|list|read|readlink|probe) '
-    '|qmp (connect|query-|x-debug-query-)'
+    r'|qmp (connect|query-|x-debug-query-)'
+    r'|xapi (\w+\.get_|event\.|nbd|session\.|GET )'
 )
 
 
 def chosen(
-    trace: list[str], written: set[int], turn: int
+    trace: list[str], written: set[int], turn: int, is_all: bool = PROOF
 ) -> Iterator[faults.Fault]:
     """Yield the faults that are played; in a proof run these are all.
 
@@ -53,7 +54,7 @@ def chosen(
     effect = 0
     for nth, what in enumerate(trace, 1):
         every = [*faults.every(nth)]
-        if PROOF:
+        if is_all:
             yield from every
         elif LOOKS.match(what):
             yield faults.Fault('refused', nth, False)
@@ -66,6 +67,40 @@ def chosen(
                 yield faults.Fault('crash', nth, False)
             yield faults.Fault('crash', nth, True)
             effect = nth
+
+
+class ChosenTest(unittest.TestCase):
+    """What a run that is no proof leaves out."""
+
+    TRACE = ['size a', 'write a', 'sync a', 'exists b', 'write b']
+
+    @unittest.skipIf(PROOF, 'all are played')
+    def test_the_process_dies_once_in_each_state(self):
+        for written, deaths in (
+            (set(), [(2, False), (2, True), (3, True), (5, True)]),
+            ({2}, [(2, False), (2, True), (3, False), (3, True), (5, True)]),
+            ({4}, [(2, False), (2, True), (3, True), (5, False), (5, True)]),
+        ):
+            self.assertEqual(deaths, [
+                (fault.nth, fault.is_late)
+                for fault in chosen(self.TRACE, written, 0)
+                if fault.kind == 'crash'
+            ])
+
+    @unittest.skipIf(PROOF, 'all are played')
+    def test_in_four_turns_each_call_gets_each_other_fault(self):
+        played = [
+            fault for turn in range(7, 11)
+            for fault in chosen(self.TRACE, set(), turn)
+            if fault.kind != 'crash'
+        ]
+        for nth in 2, 3, 5:
+            self.assertEqual(
+                {each for each in faults.every(nth) if each.kind != 'crash'},
+                {each for each in played if each.nth == nth},
+            )
+        for nth in 1, 4:
+            self.assertIn(faults.Fault('refused', nth, False), played)
 
 
 @contextlib.contextmanager
@@ -88,6 +123,7 @@ class FlowFaults:
     exporter = 'nbd'
     daemon = ''
     turn = 0
+    plays_all = PROOF
 
     def section(self) -> str:
         raise NotImplementedError
@@ -103,7 +139,7 @@ class FlowFaults:
         trace = self.one(scenario, None, written)
         self.assertTrue(trace, 'no call of the node was counted')
         turn = scenarios.SCENARIOS.index(scenario) + self.turn
-        for fault in chosen(trace, written, turn):
+        for fault in chosen(trace, written, turn, self.plays_all):
             with self.subTest(fault=str(fault), at=trace[fault.nth - 1]):
                 self.one(scenario, fault, set())
 

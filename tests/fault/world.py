@@ -33,7 +33,6 @@ from volume.core import Core
 from volume.core import Ended
 from volume.core import Settings
 from volume.db import jobs
-from volume.db import migrate
 from volume.db import models
 from volume.db.engine import Database
 from volume.drivers import base
@@ -60,11 +59,7 @@ class Shelf:
     def __init__(self) -> None:
         self._directory = tempfile.mkdtemp(prefix='vt', dir='/tmp')
         atexit.register(shutil.rmtree, self._directory, ignore_errors=True)
-        self._empty = os.path.join(self._directory, 'empty.sqlite')
         self._path = os.path.join(self._directory, 'volume.sqlite')
-        made = Database(f'sqlite:///{self._empty}')
-        migrate.upgrade(made)
-        made.close()
         self.db = Database(f'sqlite:///{self._path}')
         # Here processes die, and no machine: what was written is there.
         sqlalchemy.event.listen(
@@ -79,7 +74,7 @@ class Shelf:
         for suffix in ('', '-wal', '-shm'):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path + suffix)
-        shutil.copy(self._empty, self._path)
+        database.copy(self.db.url)
         return self.db
 
 

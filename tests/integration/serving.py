@@ -49,13 +49,17 @@ class World:
             else fixtures.plain_directory
         )(test)
         os.mkdir(self.images)
+        chosen = database.option(test, settings)
+        if not chosen and 'database =' not in settings:
+            os.mkdir(state)
+            database.copy(f'sqlite:///{state}/volume.sqlite')
         path = os.path.join(self.directory, 'volume.conf')
         with open(path, 'w') as f:
             f.write(
                 '[DEFAULT]\n'
                 f'enabled_backends = {names}\nstate_path = {state}\n'
                 f'host = node-1\nroles = {roles}\n'
-                f'{database.option(test, settings)}'
+                f'{chosen}'
                 # Nothing periodic between a test's statements.
                 + unless(settings, 'stats_interval_s = 600')
                 + unless(settings, 'sweep_interval_s = 600')

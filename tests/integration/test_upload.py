@@ -106,9 +106,23 @@ class Uploading(Case):
             raise errors.Cancelled('enough')
 
         for image_format in formats.FORMATS:
-            with self.assertRaises(errors.Cancelled):
-                self.upload(self.source, 'i', image_format, watch=watch)
-            self.assertEqual([], os.listdir(self.images))
+            for kind in (FileDriver, Remote):
+                driver = self.make_driver(self.node, kind)
+                with self.assertRaises(errors.Cancelled):
+                    self.upload(self.source, 'i', image_format, watch=watch,
+                                driver=driver)
+                self.assertEqual([], os.listdir(self.images))
+
+    def test_a_vhd_of_what_qemu_cannot_open_is_made_in_one_go(self) -> None:
+        told = []
+        self.upload(
+            self.source, 'i', 'vhd',
+            driver=self.make_driver(self.node, Remote),
+            watch=lambda done, total: told.append((done, total)),
+        )
+        self.assertFalse(os.path.exists(self.spool))
+        size = os.path.getsize(f'{self.images}/i')
+        self.assertEqual((size, size), told[-1])
 
     def test_an_attached_volume_is_uploaded_as_its_host_sees_it(self) -> None:
         if shutil.which('qemu-storage-daemon') is None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attaching by XenAPI: in the pool that owns an SR, and in another one."""
 
+import contextlib
 import threading
 import unittest
 
@@ -8,6 +9,7 @@ from tests import xapi
 from tests import xensm
 from tests.xensm_hosts import ComputeHost
 from tests.xensm_hosts import make_vm
+from tests.xensm_hosts import record_calls
 from tests.xensm_hosts import write_poolfile
 from volume import errors
 from volume import ids
@@ -38,6 +40,7 @@ class Case(unittest.TestCase):
             'addresses': [self.pool.url()], 'password': 'secret', **options,
         }), self.node)
         driver.check()
+        record_calls(self, driver._opened[1])
         return driver
 
     def volume(self, driver, size_bytes=4 * MIB):
@@ -155,6 +158,14 @@ class SamePool(Case):
         self.its.revoke(volume, self.host.host())
         self.assertEqual([], self.host.vbds())
         self.assertEqual(b'kept', self.content(self.its, volume)[:4])
+
+    def test_host_that_comes_after_the_revoke_gets_nothing(self):
+        volume = self.volume(self.its)
+        connection = self.its.grant(volume, self.host.host(), WRITE)
+        self.its.revoke(volume, self.host.host())
+        with self.assertRaises(errors.Denied):
+            self.host.connector.attach(connection)
+        self.assertEqual([], self.host.vbds())
 
     def test_revoke_leaves_another_hosts_disk_alone(self):
         volume = self.volume(self.its)
@@ -404,7 +415,7 @@ class Lent(Case):
         self.its.revoke(self.its_volume, self.host.host())
 
     def test_revoke_ends_what_is_plugged_in_the_other_pool(self):
-        connection, device = self.lend()
+        _, device = self.lend()
         self.host.write(device, 0, b'left')
         self.its.revoke(self.its_volume, self.host.host())
         self.assertEqual([], self.host.vbds())
@@ -424,6 +435,36 @@ class Lent(Case):
             self.its.inspect(self.its_volume)
         self.its.revoke(self.its_volume, self.host.host())
         self.its.inspect(self.its_volume)
+
+    def test_host_that_comes_after_the_revoke_gets_nothing(self):
+        connection = self.its.grant(
+            self.its_volume, self.host.host(), WRITE)
+        self.its.revoke(self.its_volume, self.host.host())
+        with self.assertRaises(errors.Denied):
+            self.host.connector.attach(connection)
+        self.assertEqual(set(), self.srs(self.other))
+
+    def test_revoke_in_mid_attach_has_the_last_word(self):
+        volume, host = self.its_volume, self.host.host()
+        for method in 'pool.get_all_records', 'SR.introduce', 'VBD.plug':
+            with self.subTest(method):
+                connection = self.its.grant(volume, host, WRITE)
+                connector = self.host.connect(self.host.vm)
+                revoking = threading.Thread(
+                    target=self.its.revoke, args=(volume, host))
+
+                def revoke(called, method=method, revoking=revoking):
+                    if called == method and not revoking.ident:
+                        revoking.start()
+
+                connector._link.records.append(revoke)
+                # It may be told no, or lose its disk a moment later.
+                with contextlib.suppress(errors.VolumeError):
+                    connector.attach(connection)
+                revoking.join()
+                self.assertEqual([], self.host.vbds())
+                self.assertEqual(set(), self.srs(self.other))
+                self.its.inspect(volume)
 
     def test_pool_that_is_no_peer_gets_nothing(self):
         third = xapi.simulator(self, world=self.world, name='third')

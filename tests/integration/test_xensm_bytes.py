@@ -179,3 +179,36 @@ class SparseTest(Case):
             CountingLink.sent_bytes - before, 0.3 * size)
         found = workbench.content(driver, volume)
         self.assertEqual(digest, hashlib.sha256(found).hexdigest())
+
+
+class ChangedTest(Case):
+    """What a volume has written since a snapshot."""
+
+    def check(self, by: str, **options: Any) -> None:
+        self.make()
+        driver = self.driver(**options)
+        calls: list[str] = []
+        driver._opened[1].records.append(calls.append)
+        volume = self.volume(driver)
+        workbench.fill(driver, volume, pattern(1, SIZE))
+        snapshot = model.Snapshot(ids.new(), volume, SIZE)
+        driver.snapshot(snapshot)
+        self.assertEqual([], list(driver.extents(volume, snapshot)))
+        workbench.fill(driver, volume, pattern(2, SIZE))
+        image = bytearray(pattern(1, SIZE))
+        for run in driver.extents(volume, snapshot):
+            end = run.offset_bytes + run.length_bytes
+            image[run.offset_bytes:end] = pattern(2, SIZE)[
+                run.offset_bytes:end]
+        self.assertEqual(pattern(2, SIZE), bytes(image))
+        self.assertEqual(by == 'bitmap', 'VDI.enable_cbt' in calls)
+        with xensm.session(self.simulator) as xenapi:
+            tracked = xenapi.VDI.get_cbt_enabled(
+                xenapi.VDI.get_by_uuid(driver.inspect(volume).handle))
+        self.assertEqual(by == 'bitmap', tracked)
+
+    def test_is_told_by_the_server_if_it_tracks_that(self) -> None:
+        self.check('bitmap', cbt=True)
+
+    def test_is_told_by_an_export_if_it_does_not(self) -> None:
+        self.check('export')

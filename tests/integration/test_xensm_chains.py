@@ -21,6 +21,8 @@ from volume.testing import fixtures
 from volume.testing import workbench
 from volume.testing.workbench import pattern
 
+proof = unittest.skipUnless(
+    os.environ.get('VOLUME_PROOF'), 'VOLUME_PROOF is not set: a long run')
 SIZE = 2 * model.MIB
 COUNT = 40
 MERGED_S = 60.0
@@ -136,6 +138,7 @@ class Chains(xensm.SharedPool):
         self.seeds[late] = len(taken) - 1
         self.check_bytes()
 
+    @proof
     def test_clone_at_the_limit_is_a_copy(self) -> None:
         self.addCleanup(self.clear)
         self.driver.create(self.volume)
@@ -164,8 +167,7 @@ class NfsChainsTest(Chains, unittest.TestCase):
     """On files."""
 
 
-@unittest.skipUnless(
-    os.environ.get('VOLUME_PROOF'), 'VOLUME_PROOF is not set: a long run')
+@proof
 class LvmChainsTest(Chains, unittest.TestCase):
     @classmethod
     def make_sr(cls, pool: Any) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 import unittest
 from typing import Any
@@ -16,6 +17,7 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume.drivers.xensm import vdis
+from volume.node import Node
 from volume.sim.xapi.faults import Fault
 from volume.testing import fixtures
 from volume.testing import workbench
@@ -23,6 +25,9 @@ from volume.testing.workbench import pattern
 
 SIZE = 4 * model.MIB
 AGAIN_S = 30.0
+# What never came to the server is tried in a proof run, too.
+KINDS = ('lose_reply', 'drop') if os.environ.get('VOLUME_PROOF') else (
+    'lose_reply',)
 
 
 class Case(workbench.Case):
@@ -41,12 +46,12 @@ class Case(workbench.Case):
         workbench.fill(self.driver, self.volume, pattern(1, SIZE))
         self.snapshot = model.Snapshot(ids.new(), self.volume, SIZE)
 
-    def make_driver(self) -> Any:
+    def make_driver(self, node: Node | None = None) -> Any:
         urls = [self.simulator.url(host) for host in range(2)]
         return xensm.XenSmDriver(fixtures.settings(
             xensm.XenSmDriver, addresses=urls, password='secret',
             sr_uuid=[self.sr_uuid],
-        ), self.node)
+        ), node or self.node)
 
     def new(self, size_bytes: int = SIZE) -> model.Volume:
         return model.Volume(ids.new(), self.sr_uuid, size_bytes)
@@ -112,7 +117,7 @@ class LostTest(Case, unittest.TestCase):
     )
 
     def each(self, deed: Any, *wanted: Any, undo: Any) -> None:
-        for kind in 'lose_reply', 'drop':
+        for kind in KINDS:
             for method in self.METHODS:
                 with self.subTest(method=method, kind=kind):
                     self.simulator.faults.clear()
@@ -167,7 +172,7 @@ class LostTest(Case, unittest.TestCase):
 
     def test_what_never_came_to_be_is_undone(self) -> None:
         clone = self.new()
-        for kind in 'lose_reply', 'drop':
+        for kind in KINDS:
             for method in self.METHODS:
                 for deed, undo in (
                     (lambda: self.driver.snapshot(self.snapshot),
@@ -182,6 +187,43 @@ class LostTest(Case, unittest.TestCase):
                             deed()
                         self.again(undo)
                         self.assert_only(self.volume, is_undone=True)
+
+    def test_other_service_goes_on_where_one_has_stopped(self) -> None:
+        other = self.make_driver(fixtures.make_node(self))
+        for method in 'Async.VDI.snapshot', 'VDI.set_name_label':
+            for kind in 'lose_reply', 'drop':
+                with self.subTest(method=method, kind=kind):
+                    self.spoil(method, kind)
+                    with self.assertRaises(errors.VolumeError):
+                        self.driver.snapshot(self.snapshot)
+                    self.again(lambda: other.snapshot(self.snapshot))
+                    self.assert_only(self.volume, self.snapshot)
+                    self.assert_seed(self.snapshot, 1)
+                    other.delete_snapshot(self.snapshot)
+
+    def test_other_service_does_not_disturb_what_is_going_on(self) -> None:
+        other, clone = self.make_driver(fixtures.make_node(self)), self.new()
+        self.spoil('VDI.set_other_config', 'drop')
+        with self.assertRaises(errors.VolumeError):
+            self.driver.snapshot(self.snapshot)
+        with self.assertRaisesRegex(errors.Busy, 'another service'):
+            other.clone(self.volume, clone)
+        self.driver.snapshot(self.snapshot)
+        other.clone(self.volume, clone)
+        self.assert_only(self.volume, self.snapshot, clone)
+
+    def test_copy_that_nobody_finishes_is_swept_in_the_end(self) -> None:
+        with xensm.session(self.simulator) as xenapi:
+            ref, = xenapi.VDI.get_by_name_label(f'volume-{self.volume.id}')
+            for until in 1, 1 << 40:
+                key = f'{ids.new()} made {until} somebody'
+                xenapi.VDI.add_to_other_config(ref, vdis.NEXT, key)
+                xenapi.VDI.clone(ref)
+                xenapi.VDI.remove_from_other_config(ref, vdis.NEXT)
+        before = len(self.managed())
+        self.driver.upkeep(self.sr_uuid)
+        self.assertEqual(before - 1, len(self.managed()))
+        self.assert_seed(self.volume, 1)
 
     def test_copy_that_another_client_made_is_left_alone(self) -> None:
         with xensm.session(self.simulator) as xenapi:
@@ -206,9 +248,10 @@ class MasterTest(Case, unittest.TestCase):
                 self.spoil('VDI.create', 'kill_master', when=when)
                 self.again(functools.partial(self.driver.create, volume))
                 self.assert_only(self.volume, volume)
-                self.driver.delete(volume)
-                self.simulator.start_host(0)
-                break
+                self.again(functools.partial(self.driver.delete, volume))
+                for host in 0, 1:
+                    if not self.simulator.is_up(self.simulator.host(host)):
+                        self.simulator.start_host(host)
 
     def test_snapshot_and_clone_are_made_once(self) -> None:
         clone = self.new()

@@ -10,6 +10,7 @@ import unittest
 from tests import xapi
 from tests import xensm
 from tests.xensm_hosts import make_vm
+from tests.xensm_hosts import record_calls
 from volume import errors
 from volume import ids
 from volume import model
@@ -44,6 +45,7 @@ class Case(unittest.TestCase):
         }), node or self.node)
         driver.check()
         driver._opened[1].records.append(self.calls.append)
+        record_calls(self, driver._opened[1])
         return driver
 
     def wish(self, size_bytes=SIZE):
@@ -322,10 +324,8 @@ class Hba(Case):
         node.arm(None)
         driver.delete(volume)
         self.addCleanup(self.end_tasks)
-        for verb, trace in (
-            (lambda: driver.create(volume), made),
-            (lambda: driver.delete(volume), list(node.trace)),
-        ):
+        deleted = list(node.trace)
+        for trace in made, deleted:
             changes = [
                 (nth, what) for nth, what in enumerate(trace, 1)
                 if not re.search(r'\.get_|event\.|vdi ', what)
@@ -333,15 +333,16 @@ class Hba(Case):
             for nth, what in changes[::1 if PROOF else 7]:
                 with self.subTest(what, nth=nth):
                     node.arm(None)
-                    if trace is not made:
+                    if trace is deleted:
                         create()
                     node.arm(faults.Fault('crash', nth, True))
                     with contextlib.suppress(
                         faults.Crash, errors.VolumeError
                     ):
-                        verb()
+                        (driver.delete if trace is deleted
+                         else driver.create)(volume)
                     node.arm(None)
-                    driver = self.driver(node, luns=LUNS[1:2])
+                    driver.check()
                     if trace is made:
                         driver.create(volume)
                         self.assertEqual(

@@ -36,7 +36,7 @@ class Case(unittest.TestCase):
             'addresses': [self.pool.url()], 'password': 'secret', **more,
         })
 
-    def run_on(self, group, action, *words, known=(), stdin=''):
+    def run_on(self, group, action, *words, known=None, stdin=''):
         """Return exit code, rows and text of one call."""
         parser = argparse.ArgumentParser()
         manage_xensm.add_arguments(parser)
@@ -46,7 +46,7 @@ class Case(unittest.TestCase):
             with contextlib.redirect_stdout(told):
                 code = manage_xensm.run(
                     parser.parse_args(['xen', action, *words]),
-                    {'xen': group}, self.node, lambda: {*known},
+                    {'xen': group}, self.node, lambda: known or {},
                     rows.extend,
                 )
         finally:
@@ -189,20 +189,27 @@ class LookingAfter(Case):
         ]
         handles = [driver.create(volume) for volume in volumes]
         driver.describe(volumes[1], {'name': 'x'})
-        known = {volumes[1].id, volumes[2].id}
+        known = {volumes[at].id: handles[at] for at in (1, 2)}
         with xensm.session(self.pool) as xenapi:
             copy = xenapi.VDI.get_uuid(xenapi.VDI.snapshot(
                 xenapi.VDI.get_by_uuid(handles[1])))
             xenapi.VDI.add_to_other_config(
                 xenapi.VDI.get_by_uuid(handles[2]), vdis.NEXT, ids.new())
+            twin = xenapi.VDI.get_uuid(xenapi.VDI.clone(
+                xenapi.VDI.get_by_uuid(handles[0])))
         xensm.foreign(self.pool, self.uuid, b'')
         code, rows, _ = self.run_on(self.xen, 'orphans', known=known)
         self.assertEqual(1, code)
         told = {row['vdi']: row['why'] for row in rows}
-        self.assertEqual({handles[0], copy, handles[2]}, set(told))
+        self.assertEqual({handles[0], twin, copy, handles[2]}, set(told))
         self.assertIn('no row', told[handles[0]])
         self.assertIn('another tool', told[copy])
         self.assertIn('being made', told[handles[2]])
+        known[volumes[0].id] = handles[0]
+        _, rows, _ = self.run_on(self.xen, 'orphans', known=known)
+        told = {row['vdi']: row['why'] for row in rows}
+        self.assertNotIn(handles[0], told)
+        self.assertIn('twin', told[twin])
 
     def test_chains_are_listed_the_longest_first(self):
         driver = XenSmDriver(self.xen, self.node)

@@ -2,7 +2,10 @@
 """The service with a pool as its backend: what a batch costs, and trouble."""
 
 import collections
+import json
 import os
+import subprocess
+import sys
 import time
 import unittest
 
@@ -11,6 +14,7 @@ from tests import xensm
 from tests.integration import serving
 from volume import periodic
 from volume.sim.xapi.faults import Fault
+from volume.testing import fixtures
 
 COUNT = 1000 if os.environ.get('VOLUME_PROOF') else 60
 WAIT_S = 600
@@ -104,3 +108,51 @@ class Service(unittest.TestCase):
         self.settle()
         self.assertEqual(
             {f'volume-{first}', f'volume-{second}'}, set(self.stored()))
+
+
+class Beginning(unittest.TestCase):
+
+    def test_services_that_start_together_make_one_sr(self):
+        pool = xapi.simulator(self)
+        pool.world.add_nfs('filer', '/exports/a b=c')
+        section = (
+            '[xen]\ndriver = xensm\npassword = secret\n'
+            f'addresses = {pool.url(0)}\n'
+            'sr_name = volumes\nsr_type = nfs\ncreate = true\n'
+            'device_config =\n'
+            '    server=filer\n'
+            '    serverpath=/exports/a b=c\n'
+            '    options=vers=4.1,nosharecache\n'
+        )
+        pool.faults.add(Fault('SR.create', 'delay', params=(1.0,), count=-1))
+        path = os.path.join(fixtures.state_dir(self), 'volume.conf')
+        with open(path, 'w') as file:
+            file.write(
+                '[DEFAULT]\nenabled_backends = xen\n'
+                f'state_path = {os.path.dirname(path)}\n{section}'
+            )
+        with subprocess.Popen(
+            [sys.executable, '-m', 'volume.cli.manage', '--config-file',
+             path, '--format', 'json', 'check'], stdout=subprocess.PIPE,
+        ) as other:
+            world = serving.World(self, names='xen', sections=section)
+            backend = world.service.runner.backends['xen']
+            serving.until(
+                lambda: backend.check() or backend.is_up, lambda up: up)
+            told, _ = other.communicate(timeout=60)
+        self.assertEqual(['volumes'], list(backend.pools))
+        self.assertEqual('up', json.loads(told)[0]['state'])
+        self.assertEqual(1, len(pool.rows.all('SR')))
+        configs = [
+            pool.rows.field('PBD', ref, 'device_config')
+            for ref in pool.rows.all('PBD')
+        ]
+        self.assertEqual(2, len(configs))
+        for config in configs:
+            self.assertEqual('/exports/a b=c', config['serverpath'])
+            self.assertEqual('vers=4.1,nosharecache', config['options'])
+        self.assertEqual({}, {
+            key: value for key, value in pool.rows.field(
+                'pool', pool.ref, 'other_config').items()
+            if key.startswith('volume:')
+        })

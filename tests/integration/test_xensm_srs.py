@@ -249,6 +249,22 @@ class Existing(Case):
         self.assertEqual([True, True], self.plugged())
         self.first.create(self.volume)
 
+    def test_slave_that_has_lost_it_is_repaired_now_and_then(self):
+        self.unplug(hosts=(1,))
+        self.assertEqual([False, True], sorted(self.plugged()))
+        with xensm.session(self.pool) as xenapi:
+            xenapi.host.disable(self.pool.host(1))
+        self.age(self.first)
+        self.first.check()
+        self.assertEqual([False, True], sorted(self.plugged()))
+        with xensm.session(self.pool) as xenapi:
+            xenapi.host.enable(self.pool.host(1))
+        self.first.check()
+        self.assertEqual([False, True], sorted(self.plugged()))
+        self.age(self.first)
+        self.first.check()
+        self.assertEqual([True, True], self.plugged())
+
     def test_forgotten_sr_is_introduced_and_nothing_is_lost(self):
         self.unplug(forget=True)
         with self.assertRaisesRegex(errors.Unavailable, 'introduce'):
@@ -275,6 +291,7 @@ class Existing(Case):
         """Let a driver's last look at its SRs be long ago."""
         for each in driver._storages.values():
             each._served_at = float('-inf')
+            each._repair_at = 0.0
 
     def test_storage_that_is_away_and_back_needs_no_hand(self):
         self.pool.faults.put_sr_offline(self.uuid)
@@ -316,3 +333,43 @@ class Existing(Case):
         )
         with self.assertRaisesRegex(errors.Conflict, 'rename'):
             self.driver(sr_name='volumes').check()
+
+
+class WithPassword(Case):
+
+    CONFIG = {
+        'target': xensm.TARGET, 'targetIQN': xensm.IQN,
+        'SCSIid': '36001405chap', 'chapuser': 'me', 'chappassword': 'hush',
+    }
+
+    def setUp(self):
+        super().setUp()
+        self.pool.world.add_target(xensm.TARGET, xensm.IQN)
+        self.pool.world.add_lun(
+            '36001405chap', 10 * model.GIB, iqn=xensm.IQN)
+        self.uuid = xapi.make_sr(self.pool, 'lvmoiscsi', self.CONFIG)
+
+    def break_off(self, destroys):
+        with xensm.session(self.pool) as xenapi:
+            sr = xenapi.SR.get_by_uuid(self.uuid)
+            for pbd in xenapi.SR.get_PBDs(sr):
+                xenapi.PBD.unplug(pbd)
+                if destroys and (
+                    xenapi.PBD.get_host(pbd) == self.pool.host(0)
+                ):
+                    xenapi.PBD.destroy(pbd)
+
+    def test_what_is_only_unplugged_needs_no_password(self):
+        self.break_off(destroys=False)
+        self.driver(sr_uuid=[self.uuid]).check()
+        self.assertEqual([True, True], self.plugged())
+
+    def test_what_is_gone_is_made_anew_with_the_password(self):
+        self.break_off(destroys=True)
+        with self.assertRaisesRegex(errors.Unavailable, 'password'):
+            self.driver(sr_uuid=[self.uuid]).check()
+        self.driver(
+            sr_uuid=[self.uuid], sr_type='lvmoiscsi',
+            device_config=lines(self.CONFIG),
+        ).check()
+        self.assertEqual([True, True], self.plugged())

@@ -81,6 +81,7 @@ class Vdi:
         self.is_fresh = is_fresh
         self.uploads: list[Upload] = []
         self.loses: int | None = None
+        self.is_read_back = True
 
     def put(self, format: str, length_bytes: int) -> Upload:
         assert not self.is_fresh, 'it was not noted before the first byte'
@@ -90,6 +91,12 @@ class Vdi:
     @contextlib.contextmanager
     def reader(self) -> Iterator[base.Reader]:
         yield Reader(bytes(self.disk))
+
+    def prove(self, samples: samples.Samples) -> None:
+        with self.reader() as reader:
+            samples.check_places(reader.extents(), self.name)
+            if self.is_read_back:
+                samples.check(reader, self.name)
 
     def spoil(self) -> None:
         self.is_fresh = False
@@ -211,9 +218,13 @@ class IncomingTest(unittest.TestCase):
             writer.commit()
 
     def test_bytes_that_the_server_has_lost_are_missed(self) -> None:
-        for loses in 0, 5 * MIB, SIZE - 512:
+        for loses, is_read_back in (
+            (0, True), (5 * MIB, True), (SIZE - 512, True),
+            # Whole blocks are missed without reading a byte.
+            (5 * MIB, False),
+        ):
             vdi = Vdi()
-            vdi.loses = loses
+            vdi.loses, vdi.is_read_back = loses, is_read_back
             writer = self.writer(vdi)
             for at in range(0, SIZE, MIB):
                 self.put(writer, at, self.chance.randbytes(MIB))

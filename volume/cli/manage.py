@@ -199,12 +199,12 @@ def xensm_command(args: Args) -> int:
     conf = _conf(args)
     state = os.path.abspath(conf.state_path)
 
-    def known() -> set[str]:
+    def known() -> dict[str, str]:
         db = _ready(conf)
-        found: set[str] = set()
+        found: dict[str, str] = {}
         for row in models.Volume, models.Snapshot:
-            query = select(row.id).where(row.deleted_at.is_(None))
-            found.update(db.read(functools.partial(_all, query)))
+            query = select(row.id, row.handle).where(row.deleted_at.is_(None))
+            found.update(db.read(functools.partial(_pairs, query)))
         return found
 
     return manage_xensm.run(
@@ -216,8 +216,10 @@ def xensm_command(args: Args) -> int:
     )
 
 
-def _all(query: sqlalchemy.Select[str], session: Session) -> list[str]:
-    return list(session.scalars(query))
+def _pairs(
+    query: sqlalchemy.Select[str, str], session: Session
+) -> list[tuple[str, str]]:
+    return [(id, handle) for id, handle in session.execute(query)]
 
 
 def node_command(args: Args) -> int:

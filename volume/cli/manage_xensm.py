@@ -29,9 +29,10 @@ from volume.drivers.xensm.vdis import Vdi
 from volume.node import Node
 
 Row = dict[str, Any]
-# Sections of the configuration, and the ids that the database knows.
+# Sections of the configuration, and what the database knows: the handle of
+# each volume and snapshot, by its id.
 Groups = Mapping[str, Any]
-Known = Callable[[], set[str]]
+Known = Callable[[], Mapping[str, str]]
 
 
 def run(
@@ -204,11 +205,15 @@ def repair(link: Link, settings: Settings, sr: Sr) -> list[Row]:
     return rows
 
 
-def orphans(link: Link, sr: Sr, known: set[str]) -> list[Row]:
+def orphans(link: Link, sr: Sr, known: Mapping[str, str]) -> list[Row]:
     """Return the VDIs that bear our keys and are not what these say."""
     rows = []
-    for vdi in vdis.all_of(link, sr.ref):
-        why, remedy = _orphan(vdi, known)
+    everything = vdis.all_of(link)
+    uuids = {vdi.uuid for vdi in everything}
+    for vdi in everything:
+        if vdi.sr != sr.ref:
+            continue
+        why, remedy = _orphan(vdi, known, uuids)
         if why:
             rows.append({
                 'vdi': vdi.uuid, 'name': vdi.name, 'why': why,
@@ -217,7 +222,9 @@ def orphans(link: Link, sr: Sr, known: set[str]) -> list[Row]:
     return rows
 
 
-def _orphan(vdi: Vdi, known: set[str]) -> tuple[str, str]:
+def _orphan(
+    vdi: Vdi, known: Mapping[str, str], uuids: set[str]
+) -> tuple[str, str]:
     keys = vdi.keys
     if not vdi.managed or vdis.ID not in keys:
         return '', ''
@@ -241,6 +248,11 @@ def _orphan(vdi: Vdi, known: set[str]) -> tuple[str, str]:
         return (
             'no row of the database has it',
             '"volume-manage reconcile" adopts or removes it',
+        )
+    if known[bears] != vdi.uuid and known[bears] in uuids:
+        return (
+            f'a twin: {bears} is VDI {known[bears]}',
+            'look at it, and destroy it if it holds nothing',
         )
     return '', ''
 

@@ -30,12 +30,14 @@ from volume.connector.base import Connector
 from volume.connector.base import field
 from volume.drivers.xensm import failures
 from volume.drivers.xensm import plugs
+from volume.drivers.xensm import srs
+from volume.drivers.xensm.link import Link
 from volume.node import Node
 
 PROTOCOL = 'xensm'
 TRIES = 4  # what another client undoes under us is done again
 LOCK_S = 120.0
-IN_USE_S = 10.0
+IN_USE_TRIES = 10
 POLL_S = 0.05
 
 _vms: dict[str, threading.Lock] = {}
@@ -56,6 +58,7 @@ class XenSmConnector(Connector):
         self.node = node
         self._host = host
         self._sleep = sleep
+        self._owner = f'{socket.gethostname()} {ids.new()}'
 
     @property
     def _xen(self) -> xensm_host.XenHost:
@@ -65,7 +68,7 @@ class XenSmConnector(Connector):
         return self._host
 
     @property
-    def _link(self) -> plugs.Calls:
+    def _link(self) -> Link:
         return self._xen.link
 
     def host(self) -> model.Host:
@@ -130,14 +133,52 @@ class XenSmConnector(Connector):
             self._forget(asked)
 
     def _attach(self, asked: Asked, vm: str, userdevice: str) -> str:
-        with contextlib.ExitStack() as undo:
+        with self._lending(asked), contextlib.ExitStack() as undo:
             undo.callback(self._forget_quietly, asked)
+            self._need_permission(asked)
             self._bring(asked, vm)
             vdi = self._find_vdi(asked)
             vbd = self._make_vbd(asked, vm, vdi, userdevice, undo)
             device = self._plug(vm, vbd)
+            # Forbidden meanwhile, it may have been missed by who forbade it.
+            undo.callback(self._end_quietly, vbd)
+            self._need_permission(asked)
             undo.pop_all()
         return device
+
+    @contextlib.contextmanager
+    def _lending(self, asked: Asked) -> Iterator[None]:
+        """Keep the service from taking a disk back that is on its way."""
+        if asked.pool in ('', self._pool()):
+            yield
+            return
+        with srs.lock(
+            self._link, plugs.lending(asked.vdi_uuid), self._owner,
+            hold_s=plugs.LEND_S, wait_s=LOCK_S,
+        ):
+            yield
+
+    def _need_permission(self, asked: Asked) -> None:
+        """See that the service has not taken the volume away from us.
+
+        :raises Denied: it has
+        """
+        if not asked.pool:
+            return  # a service of another make, which says nothing of this
+        pool, vdi = plugs.pool(self._link), asked.vdi_uuid
+        if asked.pool == pool['uuid']:
+            ref = self._find_vdi(asked)
+            keys = (plugs.record(self._link, 'VDI', ref) or {}).get(
+                'other_config', {})
+            found = keys.get(f'{plugs.GRANT}{asked.host}', '').split(' ')[0]
+        else:
+            found = pool['other_config'].get(
+                f'{plugs.MAY}{vdi}:{asked.host}', '')
+        if found != asked.volume_id:
+            raise errors.Denied(
+                f'host {asked.host} may no longer attach volume '
+                f'{asked.volume_id}: its access was ended; ask for it again'
+            )
 
     # The SR.
 
@@ -169,6 +210,7 @@ class XenSmConnector(Connector):
                     'other_config': {},
                 })
         plugs.plug_sr(link, sr, self._needed(vm))
+        self._need_permission(asked)
         link.call('SR.scan', sr)
 
     def _needed(self, vm: str) -> dict[str, str]:
@@ -251,17 +293,14 @@ class XenSmConnector(Connector):
     def _plug(self, vm: str, vbd: str) -> str:
         if self._link.call('VM.get_record', vm)['power_state'] == 'Halted':
             return ''
-        deadline = time.monotonic() + IN_USE_S
-        while True:
+        for left in reversed(range(IN_USE_TRIES)):
             try:
                 with plugs.fine('DEVICE_ALREADY_ATTACHED'):
                     self._link.call('VBD.plug', vbd)
                 break
             except errors.VolumeError as failed:
                 # What an export has plugged goes within seconds of its end.
-                if failures.code(failed) != 'VDI_IN_USE' or (
-                    time.monotonic() + plugs.PAUSE_S > deadline
-                ):
+                if failures.code(failed) != 'VDI_IN_USE' or not left:
                     raise
                 self._sleep(plugs.PAUSE_S)
         return str(self._link.call('VBD.get_record', vbd)['device'])

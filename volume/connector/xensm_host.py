@@ -12,7 +12,6 @@ import os
 
 from volume import errors
 from volume.drivers.xensm import link
-from volume.drivers.xensm import plugs
 from volume.drivers.xensm import poolfile
 from volume.node import Node
 
@@ -25,7 +24,7 @@ class XenHost:
     """A pool, and the VM in it that this host is, if it is one."""
 
     path: str
-    link: plugs.Calls
+    link: link.Link
     vm: str = ''
 
 

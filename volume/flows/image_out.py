@@ -4,24 +4,30 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 from volume import errors
+from volume import ids
 from volume.drivers import base
 from volume.flows.way import fd_path
 from volume.flows.way import readable_node
 from volume.flows.way import scratch
 from volume.flows.way import Stored
 from volume.flows.way import Way
+from volume.node import File
 from volume.node import Node
 from volume.transfer import convert
 from volume.transfer import copy
 from volume.transfer import formats
+from volume.transfer import vhd_write
 from volume.transfer.base import Opened
 from volume.transfer.base import Source
+
+STORE_BYTES = 16 << 20  # stored together while the next are written
 
 
 class Uploaded(TypedDict):
@@ -58,6 +64,8 @@ def upload(
         with target.put(url) as image:
             if format == 'raw':
                 return _upload_raw(driver, source, image, way)
+            if format == 'vhd' and not isinstance(driver, base.BlockNode):
+                return _upload_vhd(driver, source, image, way)
             return _upload_as(driver, source, image, format, url, way)
     except errors.Conflict:
         made = _uploaded_before(driver, source, target, url, format, way)
@@ -71,7 +79,7 @@ def _upload_raw(
 ) -> Uploaded:
     size_bytes = source.size_bytes
     # What is skipped in a new file is a hole; elsewhere zeros are sent.
-    sent = image if image.seekable() else _Sent(image)
+    sent = _target(image)
     with driver.reader(source) as reader:
         digest = copy.copy(
             reader, sent, size_bytes, extents=reader.extents(),
@@ -82,6 +90,25 @@ def _upload_raw(
     if image.seekable():
         image.truncate(size_bytes)
     return Uploaded(size_bytes=size_bytes, sha256=digest)
+
+
+def _upload_vhd(
+    driver: base.Driver, source: Stored, image: Opened, way: Way
+) -> Uploaded:
+    """Make it while it is read: what is empty is not even looked at."""
+    sent = _target(image)
+    with driver.reader(source) as reader:
+        made = vhd_write.Dynamic(
+            source.size_bytes, reader.extents(), uuid=ids.new())
+        digest = copy.copy(
+            _Chunks(made.chunks(reader), reader), sent, made.length_bytes,
+            zero=sent.zero if isinstance(sent, _Sent) else None,
+            algorithm='sha256', rate_bytes_per_s=way.rate_bytes_per_s,
+            watch=way.watch,
+        )
+    if image.seekable():
+        image.truncate(made.length_bytes)
+    return Uploaded(size_bytes=made.length_bytes, sha256=digest)
 
 
 def _upload_as(
@@ -170,6 +197,62 @@ def _readable(
             )
         raw.truncate(source.size_bytes)
         yield convert.image_node(fd_path(raw), 'raw')
+
+
+def _target(image: Opened) -> _Stored | _Sent:
+    if isinstance(image, File):
+        return _Stored(image)
+    return _Sent(image)
+
+
+class _Chunks(io.RawIOBase):
+    """What is made in chunks, to be read once and forward."""
+
+    def __init__(
+        self, chunks: Iterator[memoryview], reader: base.Reader
+    ) -> None:
+        self._chunks = chunks
+        self._reader = reader
+        self._left = memoryview(b'')
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast('B')
+        while not self._left:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._left = chunk
+        count = min(len(view), len(self._left))
+        view[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+    def abort(self) -> None:
+        """Stop a read that is waiting, from another thread."""
+        abort = getattr(self._reader, 'abort', None)
+        if abort is not None:
+            abort()
+
+
+class _Stored:
+    """A new file, which goes to the disk while it is being written."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._written = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def write(self, data: Any, /) -> int:
+        count = self._file.write(data)
+        before, self._written = self._written, self._written + count
+        if before // STORE_BYTES != self._written // STORE_BYTES:
+            self._file.begin_sync()
+        return count
 
 
 class _Sent:

@@ -10,6 +10,7 @@ other.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import errno
@@ -30,6 +31,7 @@ from volume.transfer.base import Opened
 
 CHUNK_BYTES = 1 << 20
 CHUNKS = 8
+HASHING = 3  # of them may wait to be hashed while more is written
 ZERO_BYTES = 1 << 16  # zeros are looked for in blocks of this size
 ZEROS = bytes(ZERO_BYTES)
 ZERO_RUN_BYTES_MAX = 256 << 20  # no longer, that it can be told and stopped
@@ -118,20 +120,28 @@ def copy(
     ahead = _Ahead(source, size_bytes, extents)
     ahead.start()
     pool = concurrent.futures.ThreadPoolExecutor(1, 'hash')
+    hashing: collections.deque[_Hashing] = collections.deque()
+
+    def hashed(job: _Hashing) -> None:
+        job[0].result()
+        ahead.give_back(job[1])
+
     try:
         while (chunk := ahead.next(pace.tick)) is not None:
-            hashed = None
             if digest is not None:
-                hashed = pool.submit(_hash, digest, chunk)
+                hashing.append((pool.submit(_hash, digest, chunk), chunk))
             if chunk.buffer is None:
                 if zero is not None:
                     zero(chunk.offset_bytes, chunk.length_bytes)
             else:
                 _write(target, chunk, zero)
-            if hashed is not None:
-                hashed.result()
-            ahead.give_back(chunk)
+            if digest is None:
+                ahead.give_back(chunk)
+            elif len(hashing) > HASHING:
+                hashed(hashing.popleft())
             pace.done(chunk.length_bytes, chunk.buffer is not None)
+        while hashing:
+            hashed(hashing.popleft())
     except OSError as failed:
         raise meaning(failed, 'copy') from failed
     finally:
@@ -180,6 +190,9 @@ class _Chunk:
     offset_bytes: int
     length_bytes: int
     buffer: bytearray | None
+
+
+_Hashing = tuple[concurrent.futures.Future[None], _Chunk]
 
 
 class _Ahead(threading.Thread):

@@ -93,13 +93,19 @@ def _is_ending(
 ) -> bool:
     if force:
         return False  # a person may have to push what hangs
-    row = _find(core, caller, table, row_id)
-    if row is None or row.deleted_at is not None:
-        return row is not None
-    job = core.db.read(lambda s: s.get(models.Job, row.lease_job or ''))
-    return row.status == 'deleting' and job is not None and (
-        job.state == 'open'
-    )
+    checked = _check(table, row_id)
+
+    def look(session: Session) -> bool:
+        # Of one moment: between two the job may have ended.
+        row = _find(session, caller, table, checked)
+        if row is None or row.deleted_at is not None:
+            return row is not None
+        job = session.get(models.Job, row.lease_job or '')
+        return row.status == 'deleting' and job is not None and (
+            job.state == 'open'
+        )
+
+    return core.db.read(look)
 
 
 def _is_alive(
@@ -108,18 +114,24 @@ def _is_alive(
     table: type[models.Volume | models.Snapshot],
     row_id: str,
 ) -> bool:
-    row = _find(core, caller, table, row_id)
+    checked = _check(table, row_id)
+    row = core.db.read(lambda s: _find(s, caller, table, checked))
     return row is not None and row.deleted_at is None
 
 
+def _check(
+    table: type[models.Volume | models.Snapshot], row_id: str
+) -> str:
+    return ids.check(row_id, f'{table.__name__.lower()} id')
+
+
 def _find(
-    core: Core,
+    session: Session,
     caller: Caller,
     table: type[models.Volume | models.Snapshot],
     row_id: str,
 ) -> models.Volume | models.Snapshot | None:
-    checked = ids.check(row_id, f'{table.__name__.lower()} id')
-    row: Any = core.db.read(lambda s: s.get(table, checked))
+    row: Any = session.get(table, row_id)
     if row is None or not rows.sees(caller, row):
         return None
     found: models.Volume | models.Snapshot = row

@@ -164,13 +164,15 @@ def _claim(link: Link, source: Vdi, mark: Mark, now: float) -> None:
         vdis.put(link, source.ref, {vdis.OWN: source.uuid})
     there = Mark.of(source)
     if there is not None:
-        if there.owner not in ('', link.originator) and now <= there.until:
+        if (there.id, there.by_bytes) == (mark.id, mark.by_bytes):
+            return  # of an earlier try, by whomever: the work is ours now
+        if there.id != mark.id and now <= there.until and (
+            there.owner not in ('', link.originator)
+        ):
             raise errors.Busy(
                 f'{source.name} is being copied by another service '
                 f'({there.owner}); wait for it'
             )
-        if (there.id, there.by_bytes) == (mark.id, mark.by_bytes):
-            return
         vdis.drop(link, source.ref, [vdis.NEXT])
     try:
         link.call(

@@ -61,9 +61,10 @@ class Copies(VhdStorage):
         if there is not None:
             self.destroy(there)
         found = vdis.by_name(self.link, vdis.name(snapshot.volume))
-        if there is None:
-            found += vdis.by_name(self.link, vdis.name(snapshot))
+        found += vdis.by_name(self.link, vdis.name(snapshot))
         self._undo_birth(found, snapshot)
+        # A revert to it that nobody goes on with.
+        self._undo_birth(found, snapshot.volume)
         self._is_worth_a_scan = True
 
     def delete(self, volume: model.Volume) -> None:
@@ -101,6 +102,11 @@ class Copies(VhdStorage):
                     self._unmark(there_before, volume)
             return there.uuid
         origin = self.need(source)
+        if origin.sr != self.ref():
+            raise errors.Unsupported(
+                f'source {source.id} lies in another SR than volume '
+                f'{volume.id} is to: it can only be copied'
+            )
         if origin.size_bytes > size_bytes:
             raise errors.Invalid(
                 f'volume {volume.id} would have {size_bytes} bytes, and its '
@@ -121,7 +127,8 @@ class Copies(VhdStorage):
             old = self._settled(volume)
             self.refuse_plugged(old, 'revert')
             if 'VDI_REVERT' in self.abilities and (
-                old.size_bytes == origin.size_bytes
+                origin.is_snapshot and origin.snapshot_of == old.ref
+                and old.size_bytes == origin.size_bytes
             ):
                 self.patient_task(
                     'VDI.revert', origin, label=vdis.name(volume))

@@ -14,10 +14,17 @@ In its own pool nothing but the VBD is needed. An SR has one owner pool at a
 time: to another pool a VDI is *lent*. It is marked first, let go of here,
 and only then may the other pool be told how to introduce its SR; and it is
 taken back once that pool, asked by us, shows that nothing of it is left.
+
+The storage itself forbids nothing to a pool. So a connector looks whether its
+host may still plug: in the VDI's own pool by the key on it, before and after;
+in another pool by a key of that pool (``plugs.permit``), under a lock that it
+shares with whoever takes the VDI back (``plugs.lending``). A host that comes
+too late finds that it may not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -26,14 +33,15 @@ from volume import errors
 from volume import model
 from volume.drivers.xensm import kinds
 from volume.drivers.xensm import plugs
+from volume.drivers.xensm import srs
 from volume.drivers.xensm.link import Link
 from volume.drivers.xensm.peers import Peers
 from volume.drivers.xensm.srs import Sr
 from volume.drivers.xensm.vdis import Vdi
 
-HOST = 'volume:host:'
 LENT = 'volume:lent'
 FORCE_AFTER_S = 20.0
+LOCK_WAIT_S = 20.0
 OWN = frozenset({
     'sr_uuid', 'sr_type', 'vdi_uuid', 'volume_id', 'name_label', 'pool',
     'host', 'access', 'introduce_sr_keys',
@@ -103,10 +111,10 @@ def grants(vdi: Vdi, volume_id: str) -> dict[str, Grant]:
     found = {}
     for key, value in vdi.keys.items():
         words = value.split(' ')
-        if key.startswith(HOST) and len(words) == 4 and (
+        if key.startswith(plugs.GRANT) and len(words) == 4 and (
             words[0] == volume_id
         ):
-            name = key.removeprefix(HOST)
+            name = key.removeprefix(plugs.GRANT)
             found[name] = Grant(name, words[1], words[2], words[3])
     return found
 
@@ -138,7 +146,7 @@ def grant(
             f'volume {place.volume_id} cannot be attached to pool {target}: '
             f'{place.why_not}'
         )
-    peers.find(target)
+    peer = peers.find(target)
     if lent not in ('', target):
         need_home(place.vdi, place.volume_id)
     others = [
@@ -157,13 +165,14 @@ def grant(
             f'{place.volume_id} {target}',
         )
     place.lender.let_go()
+    plugs.permit(peer, place.vdi.uuid, host.name, place.volume_id)
     return _connection(
         place, own, host, access, place.lender.device_config()
     )
 
 
 def revoke(place: Place, peers: Peers, host: model.Host) -> None:
-    """End what a host has plugged, prove it, and forget the host.
+    """Forbid a host to plug, end what it has plugged, and prove it.
 
     If it was the last one of another pool, take the VDI back.
     """
@@ -171,13 +180,20 @@ def revoke(place: Place, peers: Peers, host: model.Host) -> None:
     known = grants(place.vdi, place.volume_id)
     others = [each for each in known.values() if each.host != host.name]
     link = peers.find(lent) if lent else place.link
-    vdi = plugs.find(link, 'VDI', place.vdi.uuid)
-    if vdi is not None:
-        _end(link, vdi, host, known.get(host.name), others)
     ends = lent != '' and not others
-    if ends and place.lender is not None:
-        place.lender.end_in(link)
-    _drop(place, f'{HOST}{host.name}')
+    with contextlib.ExitStack() as stack:
+        if lent:
+            stack.enter_context(srs.lock(
+                link, plugs.lending(place.vdi.uuid), link.originator,
+                hold_s=plugs.LEND_S, wait_s=LOCK_WAIT_S,
+            ))
+            plugs.forbid(link, place.vdi.uuid, host.name)
+        _drop(place, f'{plugs.GRANT}{host.name}')
+        vdi = plugs.find(link, 'VDI', place.vdi.uuid)
+        if vdi is not None:
+            _end(link, vdi, host, known.get(host.name), others)
+        if ends and place.lender is not None:
+            place.lender.end_in(link)
     if ends:
         if place.lender is not None:
             place.lender.take_back()
@@ -210,7 +226,7 @@ def _names(host: Mapping[str, Any]) -> set[str]:
 def _note(
     place: Place, host: model.Host, access: model.Access, pool: str
 ) -> None:
-    key = f'{HOST}{host.name}'
+    key = f'{plugs.GRANT}{host.name}'
     value = ' '.join((
         place.volume_id, access.value, pool,
         host.properties.get('xensm_vm') or '-',

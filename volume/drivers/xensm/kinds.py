@@ -41,6 +41,9 @@ class Kind:
     """Whether it takes a list of image formats, in releases that do."""
     probe: tuple[str, ...] = ()
     """Keys to ask the pool for, in this order, when probing step by step."""
+    vdi_config: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, hash=False)
+    """What each new VDI's ``sm_config`` has, unless the section differs."""
 
     @property
     def granularity_bytes(self) -> int:
@@ -162,8 +165,14 @@ KINDS: tuple[Kind, ...] = (
          probe=('target', 'username', 'password', 'aggregate')),
     Kind('equal', 'EqualLogic', 'array',
          ('target', 'username', 'password', 'storagepool'),
-         ('allocation', *CHAP), quirks=_MODELLED,
-         probe=('target', 'username', 'password', 'storagepool')),
+         ('allocation', *CHAP),
+         quirks=f'{_MODELLED} Where the snapshots of a volume use up their '
+                'reserve (``snap-reserve-percentage`` in ``vdi_config``), '
+                'the array takes the volume offline; by its own default it '
+                'would delete the oldest.',
+         probe=('target', 'username', 'password', 'storagepool'),
+         # No snapshot may vanish by itself.
+         vdi_config={'snap-depletion': 'volume-offline'}),
 )
 _BY_TYPE = {kind.type: kind for kind in KINDS}
 

@@ -476,7 +476,7 @@ class LunStorage(access.Access):
     def _let_go(self, lun: Lun) -> None:
         """Take our name and keys off a LUN; the claim itself goes last."""
         names = [*vdis.KEYS, vdis.FRESH, hosts.LENT, *(
-            key for key in lun.vdi.keys if key.startswith(hosts.HOST)
+            key for key in lun.vdi.keys if key.startswith(plugs.GRANT)
         )]
         vdis.drop(self.link, lun.vdi.ref, [
             *(name for name in names if name != vdis.ID), vdis.ID,

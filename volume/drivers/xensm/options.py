@@ -89,6 +89,12 @@ OPTIONS: tuple[cfg.Opt, ...] = (
         'sm_config', default='',
         help='Keys of the SR for its driver, written as device_config is.',
     ),
+    cfg.StrOpt(
+        'vdi_config', default='',
+        help='Keys of each new VDI for its driver, as device_config.\n\n'
+             'Such as image-format=qcow2 (XCP-ng), or '
+             'snap-reserve-percentage=200 (equal).',
+    ),
     cfg.BoolOpt(
         'create', default=False,
         help='Format a new SR if there is none of the name sr_name.\n\n'
@@ -163,6 +169,7 @@ class Settings:
         default_factory=dict, repr=False
     )
     sm_config: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vdi_config: Mapping[str, str] = dataclasses.field(default_factory=dict)
     create: bool = False
     repair: bool = True
     sr_per_volume: bool = False
@@ -194,6 +201,7 @@ def read(conf: Any) -> Settings:
         sr_name=conf.sr_name or _home_name(conf),
         device_config=keys(conf.device_config, 'device_config'),
         sm_config=keys(conf.sm_config, 'sm_config'),
+        vdi_config=keys(conf.vdi_config, 'vdi_config'),
         create=conf.create or bool(_home_name(conf)),
         repair=conf.repair,
         sr_per_volume=conf.sr_per_volume,

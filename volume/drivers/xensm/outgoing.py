@@ -48,7 +48,7 @@ def reader(
             stack.enter_context(contextlib.closing(client))
             opened = _NbdReader(link, vdi, client, what)
         else:
-            opened = _ExportReader(link, vdi, size_bytes, what)
+            opened = ExportReader(link, vdi, size_bytes, what)
         yield stack.enter_context(contextlib.closing(opened))
 
 
@@ -98,7 +98,7 @@ class _NbdReader(generic.NbdReader):
         return iter(allocated(link, vdi, self.size_bytes, what))
 
 
-class _ExportReader(base.Reader):
+class ExportReader(base.Reader):
     """Reads exports, one after the other if it must go back."""
 
     def __init__(

@@ -22,6 +22,10 @@ Record = dict[str, Any]
 
 VOLUME = 'volume:id'
 HOST = 'volume:host'
+GRANT = 'volume:host:'
+"""On a VDI, with a host's name: whom the service has let in."""
+MAY = 'volume:may:'
+"""On a pool, with a VDI's uuid and a host's name: what is lent to it."""
 HELPER = 'volume:helper'
 BROUGHT = 'brought by volume-service for volumes that are attached here'
 """The description of an SR that a connector introduced, and may forget."""
@@ -29,6 +33,7 @@ BROUGHT = 'brought by volume-service for volumes that are attached here'
 REJECTED = frozenset({'DEVICE_DETACH_REJECTED', 'DEVICE_DETACH_TIMEOUT'})
 GONE = frozenset({'HANDLE_INVALID', 'UUID_INVALID'})
 UNPLUG_S = 60.0
+LEND_S = 300.0  # how long an attach, or the end of one, may take there
 IN_USE_S = 30.0
 PAUSE_S = 1.0
 
@@ -76,6 +81,30 @@ def pool(link: Calls) -> Record:
     return dict(found)
 
 
+def lending(vdi: str) -> str:
+    """Return the name of the lock under which a lent VDI is plugged.
+
+    Its connector holds it from looking whether it may to having done it;
+    who forbids it, from forbidding it to having seen that nothing is left.
+    """
+    return f'lend-{vdi}'
+
+
+def permit(link: Calls, vdi: str, host: str, volume_id: str) -> None:
+    """Let a host of another pool plug a VDI that is lent to it."""
+    (ref,) = link.call('pool.get_all_records')
+    with fine('MAP_DUPLICATE_KEY'):
+        link.call(
+            'pool.add_to_other_config', ref, f'{MAY}{vdi}:{host}', volume_id
+        )
+
+
+def forbid(link: Calls, vdi: str, host: str) -> None:
+    """Take back what ``permit`` gave."""
+    (ref,) = link.call('pool.get_all_records')
+    link.call('pool.remove_from_other_config', ref, f'{MAY}{vdi}:{host}')
+
+
 def vbds(link: Calls, vdi: str) -> dict[str, Record]:
     """Return the VBDs of a VDI, plugged or not, by their refs."""
     return _records(link, 'VBD', record(link, 'VDI', vdi), 'VBDs')
@@ -98,8 +127,7 @@ def end_vbd(
 
     :raises Busy: the guest keeps it
     """
-    deadline = time.monotonic() + wait_s
-    method = 'VBD.unplug'
+    left, method = int(wait_s / pause_s), 'VBD.unplug'
     while (found := record(link, 'VBD', vbd)) is not None:
         try:
             with fine('DEVICE_ALREADY_DETACHED'):
@@ -110,18 +138,17 @@ def end_vbd(
             code = failures.code(failed)
             if code in GONE:
                 return
-            is_late = time.monotonic() + pause_s > deadline
-            if code in REJECTED or isinstance(failed, errors.Unknown):
-                if is_late and method == 'VBD.unplug_force':
-                    raise
-                if is_late and by_force:
-                    method = 'VBD.unplug_force'
-                elif is_late:
-                    raise
-                else:
-                    sleep(pause_s)
-                continue
-            raise
+            if code not in REJECTED and not isinstance(
+                failed, errors.Unknown
+            ):
+                raise
+            if left:
+                left -= 1
+                sleep(pause_s)
+            elif by_force and method == 'VBD.unplug':
+                method = 'VBD.unplug_force'
+            else:
+                raise
 
 
 def unplug_sr(link: Calls, sr: str, wait_s: float = IN_USE_S) -> None:

@@ -8,10 +8,11 @@ whole disk, are read back; the last that was sent is always one of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from volume import errors
+from volume.model import Extent
 
 SAMPLE_BYTES = 4096
 SAMPLES = 16
@@ -51,12 +52,16 @@ class Samples:
         if start < at + length:
             self._keep(start, bytes(min(SAMPLE_BYTES, at + length - start)))
 
-    def check(self, source: Source, what: str) -> None:
-        """Read them back.
+    def check(
+        self, source: Source, what: str, near_bytes: int | None = None
+    ) -> None:
+        """Read them back, all or those near the beginning.
 
         :raises Corrupt: the bytes are others
         """
         for at, wanted in self:
+            if near_bytes is not None and at >= near_bytes:
+                break
             found = bytearray(len(wanted))
             view, have = memoryview(found), 0
             source.seek(at)
@@ -71,6 +76,23 @@ class Samples:
                     'that were sent; do not use it, and look at the storage '
                     'of the pool'
                 )
+
+    def check_places(self, runs: Iterable[Extent], what: str) -> None:
+        """See that nothing is told to be zero where there must be bytes.
+
+        :raises Corrupt: something is
+        """
+        left = [at for at, wanted in self if any(wanted)]
+        for run in runs:
+            end = run.offset_bytes + run.length_bytes
+            while left and left[0] < end:
+                at = left.pop(0)
+                if run.is_zero and at >= run.offset_bytes:
+                    raise errors.Corrupt(
+                        f'{what} was filled, and the server has nothing at '
+                        f'{at}; do not use it, and look at the storage of '
+                        'the pool'
+                    )
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         kept = dict(self._kept)

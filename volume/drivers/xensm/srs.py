@@ -172,7 +172,8 @@ def scan(link: Link, sr: Sr) -> None:
 
 
 def repair(
-    link: Link, sr: Sr, device_config: Mapping[str, str] | None = None
+    link: Link, sr: Sr, device_config: Mapping[str, str] | None = None,
+    only_enabled: bool = False,
 ) -> list[str]:
     """Give each host that should have the SR its PBD, and plug it in.
 
@@ -180,22 +181,26 @@ def repair(
     every host; another on the one that has it.
     """
     there = pbds(link, sr)
-    records = hosts(link)
+    records = {
+        ref: record for ref, record in hosts(link).items()
+        if record['enabled'] or not only_enabled
+    }
     troubles = []
-    if sr.shared or not there:
-        config = dict(device_config or {}) or _config_like(there)
-        for host in _missing(link, sr, there, records):
-            try:
-                link.call('PBD.create', {
-                    'host': host, 'SR': sr.ref, 'device_config': config,
-                    'other_config': {},
-                })
-            except errors.VolumeError as failed:
-                if failures.code(failed) != 'PBD_EXISTS':
-                    troubles.append(_trouble(records, host, failed))
+    missing = _missing(link, sr, there, records)
+    for host in missing:
+        try:
+            link.call('PBD.create', {
+                'host': host, 'SR': sr.ref, 'other_config': {},
+                'device_config': dict(device_config or {}) or (
+                    _config_like(there)),
+            })
+        except errors.VolumeError as failed:
+            if failures.code(failed) != 'PBD_EXISTS':
+                troubles.append(_trouble(records, host, failed))
+    if missing:
         there = pbds(link, get(link, sr.ref))
     for pbd in there:
-        if not pbd.attached:
+        if not pbd.attached and pbd.host in records:
             try:
                 tasks.run(
                     link, 'PBD.plug', (pbd.ref,), f'SR {sr.uuid}', PLUG_S
@@ -220,11 +225,10 @@ def _missing(
     link: Link, sr: Sr, there: Sequence[Pbd],
     records: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    have = {pbd.host for pbd in there}
-    wanted = [ref for ref in records if ref not in have]
     if not sr.shared:
-        return [pool(link)[1]['master']]
-    return wanted
+        return [] if there else [pool(link)[1]['master']]
+    have = {pbd.host for pbd in there}
+    return [ref for ref in records if ref not in have]
 
 
 def _config_like(there: Sequence[Pbd]) -> dict[str, str]:
@@ -401,12 +405,13 @@ def xml(text: str) -> ElementTree.Element:
 def lock(
     link: Link, name: str, owner: str,
     clock: Callable[[], float] = time.time, wait_s: float = WAIT_S,
+    hold_s: float = LOCK_S,
 ) -> Iterator[None]:
-    """Hold the pool-wide right to make the SR of a name.
+    """Hold the pool-wide right to make the SR of a name, or to lend one.
 
     The right is the key with the highest number; nobody replaces one that
     is there, but who finds it void may add the next. The clocks of services
-    must agree to within a quarter of an hour.
+    must agree to within ``hold_s``.
 
     :raises Busy: another service has it, and is not done yet
     """
@@ -420,7 +425,7 @@ def lock(
         if held and held[last] == value:
             break  # the reply was lost, and it was done
         if not held or _is_void(held[last], owner, clock()):
-            value = f'{owner}|{clock() + LOCK_S:.3f}'
+            value = f'{owner}|{clock() + hold_s:.3f}'
             try:
                 link.call(
                     'pool.add_to_other_config', ref, f'{prefix}:{last + 1}',
@@ -435,7 +440,7 @@ def lock(
                 continue
         if time.monotonic() >= deadline:
             raise errors.Busy(
-                f'another service is making SR {name} '
+                f'another service is at work on SR {name} '
                 f'({held[last].partition("|")[0]}): wait for it'
             )
         time.sleep(POLL_S)

@@ -22,15 +22,15 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 from volume import errors
 from volume import model
 from volume.drivers import base
-from volume.drivers.xensm import handlers
 from volume.drivers.xensm import chains
+from volume.drivers.xensm import handlers
 from volume.drivers.xensm import kinds
 from volume.drivers.xensm import srs
 from volume.drivers.xensm import tasks
@@ -58,6 +58,7 @@ NEEDS: Mapping[str, frozenset[str]] = {
 
 SERVED_S = 5.0
 LOOK_S = 30.0
+REPAIR_S = 60.0
 COUNT_PART = 50.0  # listing all VDIs may take a fiftieth of the time
 
 WATCH = Callable[[float], None]
@@ -87,6 +88,7 @@ class Storage:
         self._served_at = -SERVED_S
         self._looked_at = -LOOK_S
         self._count_at = 0.0
+        self._repair_at = 0.0
         self._hidden_bytes = 0
         self._guard = threading.Lock()
         self._locks: dict[str, _Counted] = {}
@@ -252,28 +254,44 @@ class Storage:
         :raises Unavailable: the SR cannot be worked on now
         """
         sr = self.sr()
-        troubles: list[str] = []
-        is_served = srs.is_served(self.link, sr, srs.pbds(self.link, sr))
-        if not is_served and self.settings.repair:
-            troubles = srs.repair(
-                self.link, sr, self.settings.device_config
-            )
+        there = srs.pbds(self.link, sr)
+        was_served = srs.is_served(self.link, sr, there)
+        troubles = self._repair(sr, there, was_served)
+        if troubles is not None:
             sr = self.sr()
-            is_served = srs.is_served(
-                self.link, sr, srs.pbds(self.link, sr)
-            )
-            self._scan(sr)
-        elif sr.total_bytes <= 0:
-            self._scan(sr)
-        if not is_served:
+            there = srs.pbds(self.link, sr)
+        if not srs.is_served(self.link, sr, there):
             raise errors.Unavailable(
                 f'SR {self.sr_uuid} is not plugged in'
                 + (' on the master' if sr.shared else '')
-                + f': {"; ".join(troubles) or "repair is off"}'
+                + f': {"; ".join(troubles or ()) or "repair is off"}'
             )
+        if not was_served or sr.total_bytes <= 0:
+            self._scan(sr)
         self.abilities, self.formats = srs.abilities(
             self.link, self.kind.type
         )
+
+    def _repair(
+        self, sr: Sr, there: Sequence[srs.Pbd], is_served: bool
+    ) -> list[str] | None:
+        """Plug the SR in where it should be; say where that failed.
+
+        A host that matters is tried at every check. Another one may be down
+        or be worked on: it is tried now and then. ``None`` is not tried.
+        """
+        started = time.monotonic()
+        if not self.settings.repair:
+            return None
+        if is_served and started < self._repair_at:
+            return None
+        self._repair_at = started + REPAIR_S
+        troubles = srs.repair(
+            self.link, sr, self.settings.device_config, only_enabled=True,
+        )
+        for trouble in troubles if is_served else ():
+            LOG.info('SR %s: %s', self.sr_uuid, trouble)
+        return troubles
 
     def _scan(self, sr: Sr) -> None:
         """Let the server look, unless it is busy with something else."""

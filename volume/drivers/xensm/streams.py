@@ -18,12 +18,15 @@ from volume.drivers.xensm import handlers
 from volume.drivers.xensm import outgoing
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.incoming import VdiWriter
+from volume.drivers.xensm.samples import Samples
 from volume.drivers.xensm.storage import Storage
 from volume.drivers.xensm.vdis import Thing
 from volume.drivers.xensm.vdis import Vdi
 
 LOG = logging.getLogger(__name__)
 
+# How far samples are read back where bytes come by an export.
+NEAR_BYTES = 64 * model.MIB
 CHANGED_BYTES = 1 << 16  # for each bit of a server's bitmap
 BITMAP_BYTES_MAX = 1 << 26
 # What the server answers when it has not tracked the changes.
@@ -32,6 +35,13 @@ UNTRACKED = ('VDI_NO_CBT_METADATA', 'SR_BACKEND_FAILURE_460')
 
 class Streams(Storage):
     """An SR whose VDIs are read and filled through the pool."""
+
+    def features(self) -> frozenset[str]:
+        found = super().features()
+        if self.kind.family == 'array':
+            # The server tells nothing of an array's bytes but all of them.
+            return found - {base.Extents.__name__}
+        return found
 
     @contextlib.contextmanager
     def reader(self, source: Thing) -> Iterator[base.Reader]:
@@ -104,6 +114,8 @@ class _Target:
         self._vdi = vdi
         self.name = name
         self.size_bytes = vdi.size_bytes
+        # What an export's table shows is what was written, block by block.
+        self._has_table = storage.kind.family not in ('array', 'lun')
         # A VM that has it, plugged in or not, may have written to it.
         self.is_fresh = vdis.FRESH in vdi.keys and not vdis.guests(
             storage.link, vdi, is_plugged=False)
@@ -120,6 +132,15 @@ class _Target:
     def reader(self) -> AbstractContextManager[base.Reader]:
         return outgoing.reader(
             self._storage.link, self._vdi.ref, self.size_bytes, self.name)
+
+    def prove(self, samples: Samples) -> None:
+        with self.reader() as reader:
+            if self._has_table and isinstance(reader, outgoing.ExportReader):
+                # To read far into an export is to read all that is before.
+                samples.check_places(reader.extents(), self.name)
+                samples.check(reader, self.name, NEAR_BYTES)
+            else:
+                samples.check(reader, self.name)
 
     def spoil(self) -> None:
         vdis.drop(self._storage.link, self._vdi.ref, [vdis.FRESH])

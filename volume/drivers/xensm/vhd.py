@@ -64,6 +64,7 @@ class VhdStorage(Storage):
             try:
                 ref = self.link.call('VDI.create', vdis.record(
                     volume, self.ref(), self.rounded(volume.size_bytes),
+                    {**self.kind.vdi_config, **self.settings.vdi_config},
                     keys_too=self._keys_too(volume.size_bytes, note),
                 ))
             except errors.Unknown:

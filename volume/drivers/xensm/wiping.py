@@ -22,6 +22,7 @@ from volume.drivers.xensm import outgoing
 from volume.drivers.xensm import plugs
 from volume.drivers.xensm.incoming import VdiWriter
 from volume.drivers.xensm.link import Link
+from volume.drivers.xensm.samples import Samples
 from volume.drivers.xensm.vdis import Vdi
 from volume.node import Node
 
@@ -176,6 +177,9 @@ class _Whole:
 
     def reader(self) -> AbstractContextManager[base.Reader]:
         return _reader(self._link, self._vdi)
+
+    def prove(self, samples: Samples) -> None:
+        """What follows looks at more: ``prove_zero``."""
 
     def spoil(self) -> None:
         """It was never said to be fresh."""

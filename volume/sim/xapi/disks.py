@@ -21,6 +21,7 @@ from volume.model import MIB
 
 PIECE_BYTES = 2 * MIB
 PUNCH_HOLE, KEEP_SIZE = 2, 1
+BEGIN_WRITE = 2  # of sync_file_range
 
 
 class Stopped(Exception):
@@ -49,6 +50,11 @@ class Kernel:
                 done -= len(views.pop(0))
             if done:
                 views[0] = views[0][done:]
+
+    def begin_sync(self, fd: int) -> None:
+        """Have it begin to store what was written; wait for nothing."""
+        _LIBC.sync_file_range(
+            fd, ctypes.c_int64(0), ctypes.c_int64(0), BEGIN_WRITE)
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Make a run zeros, in a hole if the file system has holes."""

@@ -33,6 +33,7 @@ HEADER_AT, PATH_AT, TABLE_AT = 512, 1536, 2048
 # blktap has this byte in the footer, behind "saved state".
 HIDDEN_AT, SIZES_AT, GEOMETRY_AT = 85, 40, 56
 BLOCK_BYTES_MAX = 32 << 20
+STORE_BYTES = 16 << 20  # stored together while the next are written
 MAPS = 4096  # kept; one is 4 KiB
 SCANNED = 1 << 14  # bytes of a table that are looked at together
 EPOCH = 946684800  # a VHD counts its seconds from 2000
@@ -180,6 +181,7 @@ class Layer:
         self._full = SET * (self.block_bytes // SECTOR)
         self._none = UNSET * (self.block_bytes // SECTOR)
         self._maps: dict[int, bytes] = {}
+        self._unstored = 0
 
     def close(self) -> None:
         self._file.close()
@@ -239,6 +241,11 @@ class Layer:
         entry = self._place(block)
         self._kernel.write(self._fd, parts, self._data(entry) + inside)
         self._mark(block, entry, inside, length)
+        # A server writes past its cache: little is left for a flush.
+        self._unstored += length
+        if self._unstored >= STORE_BYTES:
+            self._kernel.begin_sync(self._fd)
+            self._unstored = 0
 
     def zero(self, at: int, end: int) -> None:
         """Make whole grains of one block zeros that are in this file."""
