@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the service, and what it stands on; ``./run bench``.
 
-Three services are measured, one after the other: the embedded default (one
-process, SQLite, qcow2 layers), the same with 10,000 volumes, and a stack of
-two processes on RabbitMQ and MariaDB whose driver stores nothing. The last
-is what another control plane can be compared with; give its results by
-``--peer``. Only a quiet machine gives figures that mean something: how busy
-others were is measured and said.
+Measured are, one after the other: the embedded default (one process, SQLite,
+qcow2 layers), the same with 10,000 volumes, a stack of two processes on
+RabbitMQ and MariaDB whose driver stores nothing, and the driver ``xensm``
+over the simulator. The stack is what another control plane can be compared
+with; give its results by ``--peer``. Only a quiet machine gives figures that
+mean something: how busy others were is measured and said.
 """
 
 from __future__ import annotations

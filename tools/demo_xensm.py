@@ -22,6 +22,7 @@ from demo_xen import STORAGE
 from demo_xen import XenDisk
 from demo_xen import XenPool
 from demo_xen import XenService
+from service_process import until
 
 from volume import errors
 
@@ -77,9 +78,12 @@ class XenDemo(Demo):
     def start(self) -> None:
         with self.screen.step('start') as step:
             self.service.start()
-            self.screen.check(
-                self.states() == dict.fromkeys(NAMES, 'up'),
-                f'a backend is not up: {self.states()}',
+            # The service serves before its last SR is formatted.
+            self.screen.checks += 1
+            until(
+                self.states, lambda found: (
+                    found == dict.fromkeys(NAMES, 'up')),
+                'all backends to be up',
             )
             step.done(
                 'four SRs were formatted: NFS, LVM over iSCSI, NFS with an '
@@ -100,10 +104,18 @@ class XenDemo(Demo):
         """The pool goes on under another master; so do we."""
         with self.screen.step('failover') as step:
             word = self.random.randbytes(4096)
+            # It dies when it has made the VDI, and before it says so.
+            self.pool.control('POST', '/faults', {
+                'method': 'VDI.create', 'kind': 'kill_master',
+                'when': 'after',
+            })
             volume_id = self.service.create('between', 4 * MIB)
-            self.pool.control('POST', '/master', {})
-            self.disk.write(word, self.volume_bytes)
             self.settle(volume_id, step)
+            self.screen.check(
+                self.pool.control('GET', '/state')['master']
+                == self.pool.urls[1], 'the master is still the same',
+            )
+            self.disk.write(word, self.volume_bytes)
             made = self.pool.link.call(
                 'VDI.get_by_name_label', f'volume-{volume_id}')
             self.screen.check(len(made) == 1, f'{len(made)} VDIs were made')

@@ -28,18 +28,7 @@ class Suite(repeat.DriverFaultSuite, xensm.SharedPool):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        cls.addClassCleanup(cls.end_tasks)
-
-    @classmethod
-    def end_tasks(cls) -> None:
-        """End the tasks whose names were lost with a reply.
-
-        A server forgets them after a day.
-        """
-        with xensm.session(cls.simulator) as xenapi:
-            for ref, record in xenapi.task.get_all_records().items():
-                if record['status'] == 'pending':
-                    xenapi.task.cancel(ref)
+        cls.addClassCleanup(xensm.end_tasks, cls.simulator)
 
     def setUp(self) -> None:
         self.state_dir = fixtures.state_dir(self)

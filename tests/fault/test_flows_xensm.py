@@ -29,6 +29,7 @@ class XensmFaults(FlowFaults, xensm.SharedPool, unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
+        cls.addClassCleanup(xensm.end_tasks, cls.simulator)
         with xensm.session(cls.simulator) as xenapi:
             host = xenapi.host.get_all()[0]
             # Whom a connector that knows nothing of pools is taken for.

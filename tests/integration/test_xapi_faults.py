@@ -299,6 +299,9 @@ class Process(unittest.TestCase):
         reader = xapi.Json(self, sim.url(1)).login('reader', 'other')
         now = reader.call('host.get_servertime', reader.call(
             'host.get_all')[0])
+        calls = sim.control('GET', '/calls')
+        self.assertEqual(
+            (1, 1), (calls['host.get_all'], calls['host.get_servertime']))
         later = sim.control('POST', '/clock', {'advance_s': 86000})['now']
         self.assertGreater(later, now)
         sim.control('POST', '/booting', {'booting': True})

@@ -145,6 +145,40 @@ class Claiming(Case):
         self.assertEqual(bytes(SIZE), workbench.content(driver, volume))
         self.assertEqual(bytes(SIZE), self.bytes_of(LUNS[0]))
 
+    def test_lun_that_another_sr_has_is_never_taken_whatever_is_said(self):
+        taken = '36001405taken'
+        self.world.add_lun(
+            taken, 64 * MIB, lun_id=len(LUNS), iqn=xensm.IQN)
+        other = xapi.make_sr(self.pool, 'lvmoiscsi', {
+            'target': xensm.TARGET, 'targetIQN': xensm.IQN,
+            'SCSIid': taken})
+        driver = self.driver(luns=[taken], luns_erase=True)
+        with self.assertRaises(errors.NoSpace) as caught:
+            driver.create(self.wish())
+        self.assertIn(f'{taken} is used by SR {other}', str(caught.exception))
+        self.assertEqual(b'LABELONE', self.bytes_of(taken)[512:520])
+        (found,) = driver.scan(self.sr_uuid)
+        with self.assertRaises(errors.Conflict):
+            driver.adopt(found.handle, self.wish())
+        with xensm.session(self.pool) as xenapi:
+            ref = xenapi.SR.get_by_uuid(other)
+            for pbd in xenapi.SR.get_PBDs(ref):
+                xenapi.PBD.unplug(pbd)
+            xenapi.SR.forget(ref)
+        driver.create(self.wish())
+        self.assertEqual(bytes(64 * MIB), self.bytes_of(taken))
+
+    def test_lun_that_is_a_volume_by_another_sr_is_not_taken(self):
+        both = '36001405both'
+        self.world.add_lun(
+            both, SIZE, lun_id=len(LUNS), iqn=xensm.IQN, adapter='FC')
+        self.driver(luns=[both]).create(self.wish())
+        hba = xapi.make_sr(self.pool, 'hba', {'type': 'FC'})
+        other = self.driver(sr_uuid=[hba], luns=[both], luns_erase=True)
+        with self.assertRaises(errors.NoSpace) as caught:
+            other.create(model.Volume(ids.new(), hba, SIZE))
+        self.assertIn('is used by SR', str(caught.exception))
+
     def test_services_that_start_together_take_different_luns(self):
         drivers = [
             self.driver(fixtures.make_node(self)) for _ in range(3)

@@ -22,7 +22,7 @@ ROLES: dict[str, tuple[str, ...]] = {
         'pool.get_all_records', 'host.get_all_records',
         'SM.get_all_records',
         'SR.get_all_records', 'SR.get_by_name_label', 'SR.get_by_uuid',
-        'SR.get_record', 'PBD.get_record',
+        'SR.get_record', 'PBD.get_record', 'PBD.get_all_records',
         'VDI.get_all_records', 'VDI.get_by_name_label', 'VDI.get_by_uuid',
         'VDI.get_record',
         'VBD.get_record', 'VM.get_by_uuid', 'VM.get_record',

@@ -145,7 +145,10 @@ class VdiWriter(base.Writer):
 
     def _try(self, what: str, effect: Callable[[], None]) -> None:
         try:
-            self._node.act(what, effect)
+            if isinstance(self._sink, _Spool):
+                effect()  # the acts are those of its file
+            else:
+                self._node.act(what, effect)
         except BaseException:
             self._failed = True
             raise

@@ -298,9 +298,12 @@ class _State:
                 connection.close()
 
     def end_soon(self) -> None:
-        """Log out in a thread of its own."""
+        """Log out in a thread of its own, or when the process ends."""
         if self.session is not None:
-            threading.Thread(target=self.end, daemon=True).start()
+            # Under eventlet it may be collected where no greenthread can
+            # be begun.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self.end, daemon=True).start()
 
     def end(self) -> None:
         """Log out, and close everything."""

@@ -140,6 +140,12 @@ class LunStorage(access.Access):
             self._check_size(lun, volume)
             if lun.is_ready:
                 return lun.vdi.uuid
+            if user := self._user(lun):
+                # Another SR has data there, whatever luns_erase says.
+                refused[lun.scsi_id] = f'is used by {user}'
+                self._leave(lun, f'what {user} has there')
+                lun = None
+                continue
             if not lun.vdi.managed:
                 with self._alone():
                     lun = self._managed(self._again(lun), volume)
@@ -151,7 +157,7 @@ class LunStorage(access.Access):
             holds = wiping.look(self.link, lun.vdi)
             if not holds:
                 break
-            refused[lun.scsi_id] = holds
+            refused[lun.scsi_id] = f'holds {holds}: luns_erase is false'
             self._leave(lun, holds)
             lun = None
         if not lun.is_clean:
@@ -195,6 +201,11 @@ class LunStorage(access.Access):
             raise errors.Conflict(
                 f'volume {volume.id} exists: LUN {lun.scsi_id} cannot '
                 'become it'
+            )
+        if user := self._user(lun):
+            raise errors.Conflict(
+                f'LUN {lun.scsi_id} is used by {user}: it cannot become a '
+                'volume'
             )
         if volume.size_bytes > lun.vdi.size_bytes:
             raise errors.Invalid(
@@ -308,6 +319,31 @@ class LunStorage(access.Access):
             _marks(self.sr(), lun.scsi_id),
         )
 
+    def _user(self, lun: Lun) -> str:
+        """Name another SR of the pool that has the LUN, if one has.
+
+        It lies on it (LVM, a file system), or has a volume on it.
+        """
+        others = {
+            ref: record for ref, record
+            in self.link.call('SR.get_all_records').items()
+            if ref != self.ref()
+        }
+        users = [
+            record for record in others.values()
+            if f'{CLAIM}{lun.scsi_id}' in record['other_config']
+        ]
+        for pbd in self.link.call('PBD.get_all_records').values():
+            config = pbd['device_config']
+            if pbd['SR'] in others and any(
+                lun.scsi_id in config.get(key, '')
+                for key in ('SCSIid', 'device')
+            ):
+                users.append(others[pbd['SR']])
+        return next((
+            f'SR {each["uuid"]} ({each["type"]})' for each in users
+        ), '')
+
     # Claiming.
 
     def _claim(
@@ -335,12 +371,12 @@ class LunStorage(access.Access):
                 if self._mark_claim(lun, volume):
                     return self._managed(self._again(lun), volume)
         why = '; '.join(
-            f'{scsi_id} holds {what}' for scsi_id, what in refused.items()
+            f'{scsi_id} {what}' for scsi_id, what in refused.items()
         )
         raise errors.NoSpace(
             f'no LUN of SR {self.sr_uuid} that luns names is free and has '
             f'{volume.size_bytes} bytes'
-            + (f' ({why}: luns_erase is false)' if why else '')
+            + (f' ({why})' if why else '')
         )
 
     def _mark_claim(self, lun: Lun, volume: model.Volume) -> bool:

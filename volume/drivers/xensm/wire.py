@@ -97,7 +97,7 @@ class _Pinned(ssl.SSLContext):
         if self.fingerprints and found not in self.fingerprints:
             sock.close()
             raise ssl.SSLCertVerificationError(
-                f'its certificate has the fingerprint {found}, which option '
+                1, f'its certificate has the fingerprint {found}, which option '
                 'fingerprints does not name'
             )
         return sock
