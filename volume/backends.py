@@ -169,7 +169,15 @@ def _load(
     )
     # Each value is read now: one that is wrong is this backend's trouble.
     for option in (*options.BACKEND, *driver.options, *exporter.options):
-        if group[option.dest] is None and option.required:
+        try:
+            value = group[option.dest]
+        except (cfg.NoSuchOptError, cfg.TemplateSubstitutionError) as wrong:
+            # What follows the "$" may be a part of a password.
+            raise errors.Invalid(
+                f'option {option.name} has a "$" that names no other '
+                'option: write $$ for one that is meant as it stands'
+            ) from wrong
+        if value is None and option.required:
             raise errors.Invalid(f'option {option.name} is missing')
     _refuse_overlap(conf, group, driver, node)
     made = Backend(name, group, None, None)

@@ -97,11 +97,14 @@ class Faults(Case):
         volume = self.volume(images.MIB)
         with open(self.path(volume), 'r+b') as f:
             f.write(self.data)
-        for turn, image_format in enumerate(('raw', 'qcow2')):
+        for turn, image_format in enumerate(('raw', 'qcow2', 'vhd')):
 
             def work(
                 node: Node, driver: base.Driver, f: str = image_format
             ) -> None:
+                if f == 'vhd':
+                    # Not by QEMU: made while the volume is read.
+                    driver = fill_case.Remote(self.section, node)
                 fill.upload(
                     driver, volume, FileSource(self.settings, node),
                     f'file://{self.images}/up', format=f, node=node,

@@ -4,9 +4,11 @@
 import argparse
 import configparser
 import contextlib
+import hashlib
 import io
 import json
 import os
+import ssl
 import subprocess
 import sys
 import unittest
@@ -64,6 +66,7 @@ class Case(unittest.TestCase):
         self.assertEqual('root', found.pop('username'))
         found.pop('password_file')
         found.pop('addresses')
+        found.pop('fingerprints', None)
         if 'sr_uuid' in found:
             found['sr_uuid'] = [found['sr_uuid']]
         if 'create' in found:
@@ -72,6 +75,26 @@ class Case(unittest.TestCase):
 
 
 class Probing(Case):
+
+    def test_section_reaches_the_pool_as_the_one_it_was_asked_by(self):
+        self.pool = xapi.simulator(self, tls=True)
+        self.pool.world.add_nfs('filer', '/export')
+        prints = [
+            hashlib.sha256(ssl.PEM_cert_to_DER_cert(
+                self.pool.servers.certificate(host).certificate.read_text()
+            )).hexdigest() for host in self.pool.hosts
+        ]
+        secret = os.path.join(self.node.state_dir, 'pass word')
+        with open(secret, 'w') as file:
+            file.write('secret\n')
+        os.chmod(secret, 0o600)
+        group = self.group(
+            password=None, password_file=secret, fingerprints=prints)
+        _, _, told = self.run_on(group, 'probe', 'nfs', 'server=filer')
+        found = dict(
+            line.split(' = ') for line in told.splitlines() if ' = ' in line)
+        self.assertEqual(secret, found['password_file'])
+        self.assertEqual(set(prints), set(found['fingerprints'].split(', ')))
 
     def probe(self, *words, **more):
         return self.run_on(self.group(), 'probe', *words, **more)
@@ -247,3 +270,78 @@ class LookingAfter(Case):
         )
         self.assertEqual((0, []), (done.returncode, json.loads(done.stdout)),
                          done.stderr)
+
+
+class Checking(Case):
+    """``volume-manage check`` and ``reconcile`` only look."""
+
+    def run_manage(self, section, *words):
+        path = os.path.join(self.node.state_dir, 'volume.conf')
+        with open(path, 'w') as file:
+            file.write(
+                '[DEFAULT]\nenabled_backends = xen\n'
+                f'state_path = {self.node.state_dir}\n'
+                '[xen]\ndriver = xensm\n'
+                f'addresses = {self.pool.url()}\n{section}\n'
+            )
+        done = subprocess.run(
+            [sys.executable, '-m', 'volume.cli.manage', '--config-file',
+             path, '--format', 'json', *words],
+            capture_output=True, timeout=60, text=True,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def srs(self):
+        with xensm.session(self.pool) as xenapi:
+            return sorted(
+                each['name_label']
+                for each in xenapi.SR.get_all_records().values()
+            )
+
+    def test_nothing_is_formatted_until_the_service_starts(self):
+        self.pool.world.add_nfs('filer', '/export')
+        before = self.srs()
+        section = (
+            'password = secret\nsr_name = new\nsr_type = nfs\n'
+            'create = true\ndevice_config =\n    server=filer\n'
+            '    serverpath=/export'
+        )
+        self.run_manage(section, 'db', 'upgrade')
+        for words in ['check'], ['reconcile', '--dry-run'], ['reconcile']:
+            with self.subTest(words):
+                _, told = self.run_manage(section, *words)
+                self.assertIn('formats one when it starts', told)
+                self.assertEqual(before, self.srs())
+        driver = XenSmDriver(self.group(
+            sr_name='new', sr_type='nfs', create=True,
+            device_config='server=filer\nserverpath=/export',
+        ), self.node)
+        driver.check()
+        self.assertEqual(sorted([*before, 'new']), self.srs())
+        self.assertEqual(0, self.run_manage(section, 'check')[0])
+
+    def test_sr_of_another_type_than_the_section_says_is_refused(self):
+        uuid = xapi.nfs_sr(self.pool)
+        with xensm.session(self.pool) as xenapi:
+            xenapi.SR.set_name_label(xenapi.SR.get_by_uuid(uuid), 'mine')
+        driver = XenSmDriver(self.group(
+            sr_name='mine', sr_type='lvm', create=True,
+            device_config='device=/dev/sdb',
+        ), self.node)
+        with self.assertRaises(errors.Invalid) as caught:
+            driver.check()
+        self.assertIn('is of type nfs', str(caught.exception))
+
+    def test_dollar_of_a_secret_is_explained_and_not_told(self):
+        code, told = self.run_manage(
+            'password = pa$word\nsr_name = new', 'check')
+        self.assertEqual(1, code)
+        self.assertIn('option password', told)
+        self.assertIn('$$', told)
+        self.assertNotIn('word in group', told)
+
+    def test_two_dollars_are_one(self):
+        self.pool = xapi.simulator(self, password='pa$word')
+        _, told = self.run_manage(
+            'password = pa$$word\nsr_name = none', 'check')
+        self.assertIn('the pool has no SR called', told)

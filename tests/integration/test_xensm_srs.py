@@ -303,6 +303,22 @@ class Existing(Case):
         self.first.create(other)
         self.assertEqual(2, len(list(self.first.scan(self.uuid))))
 
+    def test_pool_is_not_shown_while_its_plugged_storage_is_away(self):
+        driver = self.driver(sr_uuid=[self.uuid])
+        driver.check()
+        self.pool.faults.put_sr_offline(self.uuid)
+        for _ in range(2):
+            driver._storages[self.uuid]._looked_at -= 3600
+            with self.assertRaisesRegex(errors.Unavailable, 'is away'):
+                driver.pools()
+        # Not taken for back by a check that does not look.
+        driver.check()
+        with self.assertRaises(errors.Unavailable):
+            driver.pools()
+        self.pool.faults.put_sr_online(self.uuid)
+        driver.check()
+        self.assertEqual([self.uuid], [p.name for p in driver.pools()])
+
     def test_sr_that_is_away_takes_no_other_with_it(self):
         self.pool.world.add_nfs('two', '/x')
         second = xapi.make_sr(

@@ -15,6 +15,8 @@ from volume.cli import main
 from volume.cli import meter
 from volume.cli import show
 from volume.cli import values
+from volume.cli import wait
+from volume.verbs import jobs
 
 REFERENCE = (
     pathlib.Path(__file__).parents[2] / 'doc/source/reference/cli.rst'
@@ -24,6 +26,12 @@ JOB = {
     'cancelling': False, 'done_bytes': 0, 'total_bytes': 0,
     'rate_bytes_per_s': 0,
 }
+
+
+class Waiting(unittest.TestCase):
+
+    def test_cancel_is_advised_only_where_it_is_allowed(self):
+        self.assertEqual(jobs.CANCELLABLE, wait.CANCELLABLE)
 
 
 class Values(unittest.TestCase):

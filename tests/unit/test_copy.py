@@ -145,6 +145,16 @@ class Copying(unittest.TestCase):
                     expected = hashlib.new(name, self.data).hexdigest()
                     self.assertEqual(expected, digest)
 
+    def test_no_buffer_is_used_again_before_it_is_hashed(self) -> None:
+        # Reading is far quicker than hashing here.
+        size = 4 * copy.CHUNKS * copy.CHUNK_BYTES
+        data = random.Random(7).randbytes(size)
+        target = io.BytesIO()
+        digest = copy.copy(
+            io.BytesIO(data), target, size, algorithm='sha512')
+        self.assertEqual(hashlib.sha512(data).hexdigest(), digest)
+        self.assertTrue(data == target.getvalue())
+
     def test_runs_known_to_be_zero_are_not_read(self) -> None:
         class Counted(io.BytesIO):
             read_bytes = 0

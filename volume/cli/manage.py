@@ -108,10 +108,10 @@ def drivers_command(args: Args) -> int:
 
 
 def check_command(args: Args) -> int:
-    """Check every backend's configuration; change nothing."""
+    """Check every backend's configuration; format nothing."""
     conf = _conf(args)
     rows, is_bad = [], False
-    for name, backend in _load(conf).items():
+    for name, backend in _load(conf, only_looks=True).items():
         backend.check()
         is_bad |= not backend.is_up
         rows.append({
@@ -130,7 +130,7 @@ def reconcile_command(args: Args) -> int:
     """Compare rows, storage and exports; mend what was asked for."""
     conf = _conf(args)
     db = _ready(conf)
-    table = _load(conf)
+    table = _load(conf, only_looks=True)
     for backend in table.values():
         backend.check()
     with contextlib.ExitStack() as stack:
@@ -375,13 +375,19 @@ def _ready(conf: cfg.ConfigOpts) -> Database:
     return db
 
 
-def _load(conf: cfg.ConfigOpts) -> dict[str, backends.Backend]:
+def _load(
+    conf: cfg.ConfigOpts, *, only_looks: bool = False
+) -> dict[str, backends.Backend]:
     state = os.path.abspath(conf.state_path)
     node = Node(state, os.path.abspath(conf.lock_path))
     node.blockd = Blockd(
         node, os.path.join(state, 'blockd'), tcp=conf.nbd_listen or None
     )
-    return backends.load(conf, node)
+    found = backends.load(conf, node)
+    for backend in found.values():
+        if backend.driver is not None and only_looks:
+            backend.driver.may_format = False
+    return found
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -47,8 +48,7 @@ def run(
             f'{", ".join(sorted(groups)) or "none"}'
         )
     if args.action == 'probe':
-        settings = options.read_link(groups[name])
-        return probe(settings, node, args.words, show)
+        return probe(groups[name], name, node, args.words, show)
     settings = options.read(groups[name])
     link = Link(settings, node)
     try:
@@ -88,10 +88,11 @@ def _srs(link: Link, settings: Settings) -> Iterator[Sr]:
 
 
 def probe(
-    settings: Settings, node: Node, words: Sequence[str],
+    group: Any, name: str, node: Node, words: Sequence[str],
     show: Callable[[list[Row]], None],
 ) -> int:
     """Take one step from what is known of an SR towards its section."""
+    settings = options.read_link(group)
     if not words:
         show([
             {'type': kind.type, 'storage': kind.name,
@@ -113,33 +114,44 @@ def probe(
         link.close()
     for found in step.srs:
         print(f'there is an SR {found.get("UUID", "")}; to use it:\n')
-        print(_section(settings, kind, config, found.get('UUID', '')))
+        print(_section(group, settings, kind, config, found.get('UUID', '')))
     if step.key:
         if step.rows:
             show([dict(row) for row in step.rows])
-        given = ' '.join(
-            key if kinds.is_secret(key) else f'{key}={value}'
+        given = ''.join(
+            f' {key}' if kinds.is_secret(key) else
+            f' {shlex.quote(f"{key}={value}")}'
             for key, value in config.items()
         )
         print(
-            f'\nit needs {step.key}. Next:\n  volume-manage xensm BACKEND '
-            f'probe {kind.type} {given} {step.key}=...'
+            f'\nit needs {step.key}. Next:\n  volume-manage xensm {name} '
+            f'probe {kind.type}{given} {step.key}=...'
         )
         return 1
     if not step.can_probe:
         print(f'type {kind.type} cannot be probed')
     if not step.srs:
         print('there is no SR yet; to format one:\n')
-        print(_section(settings, kind, config))
+        print(_section(group, settings, kind, config))
     return 0
 
 
 def _section(
-    settings: Settings, kind: kinds.Kind, config: Mapping[str, str],
-    sr_uuid: str = '',
+    group: Any, settings: Settings, kind: kinds.Kind,
+    config: Mapping[str, str], sr_uuid: str = '',
 ) -> str:
+    """Return the section to paste; it reaches the pool as this one does."""
+    link = {
+        'addresses': ', '.join(settings.urls),
+        'username': settings.username,
+        'password_file': group.password_file or '/etc/volume/xensm.password',
+        'ca_file': settings.ca_file,
+        'fingerprints': ', '.join(sorted(settings.fingerprints)),
+        'insecure': 'true' if settings.insecure else '',
+    }
     return probing.section(
-        kind, config, ', '.join(settings.urls), settings.username, sr_uuid
+        kind, config, {key: text for key, text in link.items() if text},
+        sr_uuid,
     )
 
 

@@ -27,6 +27,11 @@ PAUSE_GROWTH = 1.5
 METER_S = 1.0
 SILENCE_S = 60.0  # how long the service may be away while we wait
 UNSETTLED = frozenset({'creating', 'downloading'})
+# The kinds of jobs that the service lets be cancelled.
+CANCELLABLE = frozenset({
+    'create', 'create_filled', 'upload', 'flatten', 'snapshot', 'adopt',
+    'attach', 'restore',
+})
 
 
 class Failed(errors.VolumeError):
@@ -178,7 +183,7 @@ def _patiently(look: Callable[[], T], what: str) -> T:
 def _goes_on(words: str, job: Json | None) -> str:
     if job is None:
         return words
-    return (
-        f'{words}; look with "volume jobs show {job["id"]}", or end it with '
-        f'"volume jobs cancel {job["id"]}"'
-    )
+    words = f'{words}; look with "volume jobs show {job["id"]}"'
+    if job['kind'] in CANCELLABLE:
+        words += f', or end it with "volume jobs cancel {job["id"]}"'
+    return words

@@ -98,6 +98,9 @@ class Driver(abc.ABC):
     """One storage system with one or more pools."""
 
     options: ClassVar[tuple[cfg.Opt, ...]] = ()
+    may_format: bool = True
+    """Whether ``check`` may format storage; where somebody only wants to
+    know how things are (``volume-manage check``) it may not."""
 
     @abc.abstractmethod
     def __init__(self, conf: Any, node: Node) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from volume import errors
 from volume import model
 from volume.drivers import base
+from volume.drivers.xensm import kinds
 from volume.drivers.xensm import options
 from volume.drivers.xensm import srs
 from volume.drivers.xensm import storage
@@ -262,6 +263,7 @@ class XenSmDriver(
             if there is None:
                 try:
                     sr = self._find_sr(settings, link, name)
+                    _check_type(settings, name, sr)
                     there = self._storages[name] = storage.make(
                         SINGLE if settings.sr_per_volume else FAMILIES,
                         link, settings, self.node, name, sr,
@@ -286,6 +288,11 @@ class XenSmDriver(
                     f'the pool knows no SR {name}: introduce it, or give '
                     'sr_type and device_config, so that the service does'
                 )
+            if not self.may_format:
+                raise errors.Unavailable(
+                    f'the pool does not know SR {name} yet: the service '
+                    'introduces it when it starts'
+                )
             return srs.introduce(
                 link, name, settings.sr_name or f'volumes {name[:8]}',
                 settings.kind, settings.device_config, settings.sm_config,
@@ -301,7 +308,29 @@ class XenSmDriver(
                 f'the pool has no SR called {name!r}: name one that it has, '
                 'or say create = true to have it formatted'
             )
+        if sr is None and not self.may_format:
+            srs.refuse_used(
+                link, srs.pool(link)[1]['master'], settings.kind,
+                settings.device_config, settings.sm_config,
+            )
+            raise errors.Unavailable(
+                f'the pool has no SR called {name!r} yet: the service '
+                'formats one when it starts'
+            )
         return srs.create(
             link, name, settings.kind, settings.device_config,
             settings.sm_config, link.originator,
+        )
+
+
+def _check_type(settings: Settings, name: str, sr: Sr) -> None:
+    """Refuse an SR that is not what the section says.
+
+    :raises Invalid: it is of another type
+    """
+    if settings.kind is not None and kinds.find(sr.type) != settings.kind:
+        raise errors.Invalid(
+            f'SR {name} of the pool is of type {sr.type}, and sr_type is '
+            f'{settings.kind.type}: correct sr_type and device_config, or '
+            'name another SR'
         )

@@ -94,15 +94,17 @@ def step(
 
 
 def section(
-    kind: Kind, device_config: Mapping[str, str], urls: str, user: str,
+    kind: Kind, device_config: Mapping[str, str], link: Mapping[str, str],
     sr_uuid: str = '',
 ) -> str:
     """Return the section of a configuration file that uses what was found.
 
-    Without an SR it is one that formats a new one.
+    Without an SR it is one that formats a new one. ``link`` holds the
+    options that are about talking to the pool.
     """
     config = {
-        key: '(its password)' if kinds.is_secret(key) else value
+        key: '(its password)' if kinds.is_secret(key)
+        else value.replace('$', '$$')
         for key, value in device_config.items()
     }
     which = f'sr_uuid = {sr_uuid}' if sr_uuid else (
@@ -114,10 +116,8 @@ def section(
     return (
         f'[{kind.type}]\n'
         'driver = xensm\n'
-        f'addresses = {urls}\n'
-        f'username = {user}\n'
-        'password_file = /etc/volume/xensm.password\n'
-        f'{which}\n{made}{luns}'
+        + ''.join(f'{key} = {value}\n' for key, value in link.items())
+        + f'{which}\n{made}{luns}'
         f'sr_type = {kind.type}\n'
         f'device_config ={lines(config)}\n'
     )

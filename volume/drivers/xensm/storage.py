@@ -30,6 +30,7 @@ from volume import errors
 from volume import model
 from volume.drivers import base
 from volume.drivers.xensm import chains
+from volume.drivers.xensm import failures
 from volume.drivers.xensm import handlers
 from volume.drivers.xensm import kinds
 from volume.drivers.xensm import srs
@@ -59,6 +60,8 @@ NEEDS: Mapping[str, frozenset[str]] = {
 SERVED_S = 5.0
 LOOK_S = 30.0
 REPAIR_S = 60.0
+# How a storage driver says that what it has plugged in is not there.
+AWAY = ('SR_BACKEND_FAILURE_46', 'SR_BACKEND_FAILURE_47')
 COUNT_PART = 50.0  # listing all VDIs may take a fiftieth of the time
 
 WATCH = Callable[[float], None]
@@ -294,12 +297,21 @@ class Storage:
         return troubles
 
     def _scan(self, sr: Sr) -> None:
-        """Let the server look, unless it is busy with something else."""
+        """Let the server look, unless it is busy with something else.
+
+        :raises Unavailable: what the SR lies on is away
+        """
         self._looked_at = time.monotonic()
         try:
             with self.queue.turn(1.0):
                 srs.scan(self.link, sr)
         except errors.VolumeError as failed:
+            if failures.code(failed) in AWAY:
+                self._looked_at = -LOOK_S  # look at once the next time
+                raise errors.Unavailable(
+                    f'SR {self.sr_uuid} is plugged in, and its storage is '
+                    f'away: {failed}'
+                ) from failed
             LOG.info('SR %s was not scanned: %s', self.sr_uuid, failed)
 
     def _count(self, sr: Sr) -> None:

@@ -97,8 +97,8 @@ class _Pinned(ssl.SSLContext):
         if self.fingerprints and found not in self.fingerprints:
             sock.close()
             raise ssl.SSLCertVerificationError(
-                1, f'its certificate has the fingerprint {found}, which option '
-                'fingerprints does not name'
+                1, f'its certificate has the fingerprint {found}, which '
+                'option fingerprints does not name'
             )
         return sock
 
