@@ -3,6 +3,7 @@
 
 import http.client
 import os
+import tempfile
 import threading
 import time
 import unittest
@@ -206,6 +207,10 @@ class Faults(unittest.TestCase):
         for bad in (
             {'method': '*', 'kind': 'explode'},
             {'method': '*', 'kind': 'drop', 'when': 'never'},
+            {'method': '*', 'kind': 'refuse', 'params': 'SOME_CODE'},
+            {'method': '*', 'kind': 'refuse'},
+            {'method': '*', 'kind': 'delay', 'params': ['x']},
+            {'method': 'import_raw_vdi', 'kind': 'partial'},
         ):
             with self.assertRaises(ValueError):
                 Fault(**bad)
@@ -252,6 +257,20 @@ class Process(unittest.TestCase):
         again.call('SR.scan', sr)
         self.assertEqual([second], again.call('SR.get_VDIs', sr))
         self.assertEqual(0, sim.stop())
+
+    def test_two_processes_do_not_have_one_state(self):
+        made = tempfile.TemporaryDirectory(prefix='vtxp', dir='/tmp')
+        self.addCleanup(made.cleanup)
+        state = made.name
+        sim = xapi.Process(self, directory=state).start()
+        other = xapi.Process(self, directory=state)
+        with self.assertRaisesRegex(AssertionError, 'another simulator'):
+            other.start()
+        again = xapi.Json(self, sim.url()).login()
+        self.assertEqual(1, len(again.call('pool.get_all')))
+        self.assertEqual(0, sim.stop())
+        other.start()
+        self.assertEqual(0, other.stop())
 
     def test_what_was_never_answered_may_be_found_by_a_scan(self):
         sim = xapi.Process(self, storage=[{
@@ -319,6 +338,8 @@ class Process(unittest.TestCase):
             ('GET', '/nothing', None), ('POST', '/faults', {'kind': 'x'}),
             ('POST', '/faults', {}), ('POST', '/hosts/9/stop', None),
             ('POST', '/srs/1/painted', {}), ('POST', '/clock', b'{'),
+            ('POST', '/srs/1/offline', {}), ('POST', '/gc', {'pausd': True}),
+            ('POST', '/faults', {'method': 'VDI.creat', 'kind': 'drop'}),
         ):
             with self.assertRaises(AssertionError):
                 sim.control(method, path, body)

@@ -2,7 +2,6 @@
 """The service with a pool as its backend: what a batch costs, and trouble."""
 
 import collections
-import json
 import os
 import subprocess
 import sys

@@ -83,7 +83,7 @@ OPTIONS: tuple[cfg.Opt, ...] = (
         'device_config', default='', secret=True,
         help='Keys of the SR for its hosts, one a line, as key=value.\n\n'
              'The lines are indented. A value is taken as it stands: it may '
-             'hold spaces, commas and "=".',
+             'hold spaces, commas and "="; only "$" is written "$$".',
     ),
     cfg.StrOpt(
         'sm_config', default='',
@@ -116,7 +116,8 @@ OPTIONS: tuple[cfg.Opt, ...] = (
     ),
     cfg.BoolOpt(
         'luns_erase', default=False,
-        help='Take also LUNs that hold something: it is erased.',
+        help='Take also LUNs that hold something: it is erased.\n\n'
+             'Never those that another SR of the pool has.',
     ),
     cfg.ListOpt(
         'peers', default=[],

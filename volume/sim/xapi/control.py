@@ -19,7 +19,9 @@ from urllib.parse import parse_qsl
 from urllib.parse import urlsplit
 
 from volume.sim.xapi.failure import Failure
+from volume.sim.xapi.faults import ASYNC
 from volume.sim.xapi.faults import Fault
+from volume.sim.xapi.faults import TRANSFERS
 from volume.sim.xapi.guests import guests
 
 if TYPE_CHECKING:
@@ -165,7 +167,14 @@ def _calls(pool: Pool, words: list[str], body: Any) -> Any:
 
 
 def _add_fault(pool: Pool, words: list[str], body: Any) -> Any:
-    return dataclasses.asdict(pool.faults.add(Fault(**body)))
+    fault = Fault(**body)
+    plain = fault.method.removeprefix(ASYNC)
+    if plain not in ('*', *TRANSFERS) and pool.model.message(plain) is None:
+        raise ValueError(
+            f'there is no call {fault.method!r}; a fault names one, '
+            f'{" or ".join(TRANSFERS)}, or *'
+        )
+    return dataclasses.asdict(pool.faults.add(fault))
 
 
 def _clear_faults(pool: Pool, words: list[str], body: Any) -> Any:
@@ -195,6 +204,8 @@ def _switch_host(pool: Pool, words: list[str], body: Any) -> Any:
 
 def _switch_sr(pool: Pool, words: list[str], body: Any) -> Any:
     uuid, what = words
+    if what != 'online' and not pool.rows.find('SR', uuid=uuid):
+        raise LookupError(f'the pool has no SR {uuid}')
     if what == 'offline':
         pool.faults.put_sr_offline(uuid)
     elif what == 'online':
@@ -208,6 +219,9 @@ def _switch_sr(pool: Pool, words: list[str], body: Any) -> Any:
 
 def _gc(pool: Pool, words: list[str], body: Any) -> Any:
     """``{"paused": true}``, ``{"delay_s": 1}`` or ``{"sr": uuid}``: now."""
+    unknown = body.keys() - {'paused', 'delay_s', 'sr'}
+    if unknown:
+        raise ValueError(f'the collector has no {", ".join(unknown)}')
     if 'paused' in body:
         pool.faults.gc_paused = bool(body['paused'])
     if 'delay_s' in body:

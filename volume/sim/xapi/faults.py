@@ -21,6 +21,7 @@ PARTIAL: Final = 'partial'          # params: bytes, then the transfer ends
 KINDS: Final = (REFUSE, DELAY, LOSE_REPLY, DROP, KILL_MASTER, PARTIAL)
 # These belong to the request, whatever it starts.
 OF_REQUEST: Final = frozenset({LOSE_REPLY, DROP})
+TRANSFERS: Final = ('import_raw_vdi', 'export_raw_vdi')
 BEFORE: Final = 'before'
 AFTER: Final = 'after'
 ASYNC: Final = 'Async.'
@@ -38,6 +39,8 @@ class Fault:
     after_matches: int = 0  # let so many matching calls pass first
 
     def __post_init__(self) -> None:
+        if isinstance(self.params, str):
+            raise ValueError(f'params is a list, not {self.params!r}')
         if self.kind not in KINDS:
             raise ValueError(
                 f'no fault of kind {self.kind!r}; there are '
@@ -50,6 +53,15 @@ class Fault:
         if self.kind == DROP:
             self.when = BEFORE
         self.params = tuple(self.params)
+        if self.kind in (DELAY, PARTIAL) and not (
+            self.params and isinstance(self.params[0], int | float)
+        ):
+            raise ValueError(
+                f'{self.kind} needs a number in params: '
+                + ('[seconds]' if self.kind == DELAY else '[bytes]')
+            )
+        if self.kind == REFUSE and not self.params:
+            raise ValueError('refuse needs a code in params: ["CODE", ...]')
 
 
 class Faults:

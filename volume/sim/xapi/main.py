@@ -9,6 +9,8 @@ started again it goes on with it.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import inspect
 import json
 import logging
 import os
@@ -88,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 def _config(given: argparse.Namespace) -> dict[str, Any]:
     config = dict(DEFAULTS)
     if given.config:
-        read = json.loads(Path(given.config).read_text('utf-8'))
+        read = _json(
+            _text(given.config, 'the configuration'), given.config)
+        if not isinstance(read, dict):
+            raise ValueError(f'{given.config}: it is no JSON object')
         unknown = read.keys() - DEFAULTS.keys()
         if unknown:
             raise ValueError(
@@ -108,7 +113,7 @@ def _config(given: argparse.Namespace) -> dict[str, Any]:
         name, equal, value = text.partition('=')
         if not equal:
             raise ValueError(f'--switch {text}: it is NAME=JSON')
-        switches[name] = json.loads(value)
+        switches[name] = _json(value, f'--switch {name}')
     config['switches'] = switches
     return config
 
@@ -117,8 +122,7 @@ def _users(config: Mapping[str, Any]) -> dict[str, User]:
     """Return who may log in; a password is never an argument."""
     users = {
         name: User(
-            about['password'] if 'password' in about else
-            Path(about['password_file']).read_text('utf-8').rstrip('\n'),
+            _password(name, about),
             about.get('role', datamodel.ROLES[-1]),
         ) for name, about in config['users'].items()
     }
@@ -133,21 +137,85 @@ def _users(config: Mapping[str, Any]) -> dict[str, User]:
     return users
 
 
+def _password(name: str, about: Mapping[str, Any]) -> str:
+    if 'password' in about:
+        return str(about['password'])
+    if 'password_file' not in about:
+        raise ValueError(f'user {name} has neither password nor '
+                         'password_file')
+    return _text(about['password_file'], f'password_file of user {name}'
+                 ).rstrip('\n')
+
+
+def _text(path: str, what: str) -> str:
+    try:
+        return Path(path).read_text('utf-8')
+    except (OSError, UnicodeDecodeError) as failed:
+        raise ValueError(
+            f'{what}: {path} cannot be read: '
+            f'{getattr(failed, "strerror", None) or "no text"}'
+        ) from failed
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as failed:
+        raise ValueError(f'{what}: it is no JSON: {failed}') from failed
+
+
+def _add(world: World, thing: Mapping[str, Any]) -> None:
+    """Put an entry of "storage" into the world."""
+    facts = dict(thing)
+    what = facts.pop('what', None)
+    if what not in _STORAGE:
+        raise ValueError(
+            f'storage: "what" is {what!r}, and not one of '
+            f'{", ".join(_STORAGE)}'
+        )
+    add = _STORAGE[what]
+    lacks = [
+        name for name, one in inspect.signature(add).parameters.items()
+        if one.default is one.empty and one.kind is not one.VAR_KEYWORD
+        and name not in ('self', *facts)
+    ]
+    if lacks:
+        raise ValueError(f'storage: {what} lacks {", ".join(lacks)}')
+    try:
+        add(world, **facts)
+    except TypeError as wrong:
+        # Its last words name the fact: "... keyword argument 'sise'".
+        raise ValueError(
+            f'storage: {what}: {str(wrong).partition(" ")[2]}') from wrong
+
+
+def _own(directory: Path) -> int:
+    """Take the state; two processes would destroy each other's.
+
+    The lock ends with the process, however that ends.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory / 'lock', os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f'another simulator runs with the directory {directory}: end '
+            'it first, or name another directory'
+        ) from None
+    return lock
+
+
 def _serve(config: Mapping[str, Any]) -> int:
     directory = Path(config['directory'])
+    users = _users(config)
+    lock = _own(directory)
     world = World(config['world'] or directory / 'world')
     for thing in config['storage']:
-        facts = dict(thing)
-        what = facts.pop('what', None)
-        if what not in _STORAGE:
-            raise ValueError(
-                f'storage: "what" is {what!r}, and not one of '
-                f'{", ".join(_STORAGE)}'
-            )
-        _STORAGE[what](world, **facts)
+        _add(world, thing)
     pool = Pool(
         directory, world, config['profile'], config['name'],
-        config['hosts'], users=_users(config), tls=config['tls'],
+        config['hosts'], users=users, tls=config['tls'],
         ports=config['ports'], switches=config['switches'],
     )
     ends = {signal.SIGTERM, signal.SIGINT}
@@ -171,6 +239,7 @@ def _serve(config: Mapping[str, Any]) -> int:
     signal.sigwait(ends)
     control.stop()
     pool.stop()
+    os.close(lock)
     return 0
 
 

@@ -198,6 +198,11 @@ class Pool:
     def host(self, at: int | str) -> str:
         """Return a host's reference by its number, uuid or reference."""
         if isinstance(at, int) or at.isdigit():
+            if not 0 <= int(at) < len(self.hosts):
+                raise LookupError(
+                    f'the pool has no host {at}; they count from 0 to '
+                    f'{len(self.hosts) - 1}'
+                )
             return self.hosts[int(at)]
         if at in self.hosts:
             return at
