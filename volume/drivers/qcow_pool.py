@@ -154,6 +154,8 @@ class PoolDirectory:
                 yield
         finally:
             self._mutex.release()
+            # Under eventlet whoever waits has its turn only if it is given.
+            time.sleep(0)
 
     def _lock_file(self) -> Any:
         try:

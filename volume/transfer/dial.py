@@ -161,6 +161,8 @@ class Wire:
             raise TimeoutError(
                 f'it sent next to nothing for {self._took()}'
             ) from None
+        except EOFError:
+            count = 0  # what eventlet says when it was ended meanwhile
         self._blocked_s += time.monotonic() - start
         self._arrived_bytes += count
         if self._arrived_bytes >= WINDOW_BYTES:

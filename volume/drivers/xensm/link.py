@@ -235,7 +235,8 @@ class Link:
                     seen.discard(url)
                     urls.insert(0, url)
                 else:
-                    raise failures.mean('login', Failure(
+                    who = f'login of {self.settings.username} at {url}'
+                    raise failures.mean(who, Failure(
                         failure.code, *map(self.clean, failure.params)
                     )) from failure
             else:

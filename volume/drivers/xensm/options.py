@@ -339,8 +339,9 @@ def _url(address: str) -> str:
         not HOST.fullmatch(parts.netloc)
     ):
         raise errors.Invalid(
-            f'option addresses: {parts.hostname or "a value"!r} is neither a '
-            'host nor an http(s) URL without a path'
+            # What stands before an "@" may be a password.
+            f'option addresses: {address.rpartition("@")[2]!r:.100} is '
+            'neither a host nor an http(s) URL without user and path'
         )
     return address
 
