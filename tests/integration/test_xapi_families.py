@@ -177,11 +177,11 @@ class Trouble(Case):
         self.put(self.disk, b'spam')
         self.left(self.disk)
         self.pool.faults.add(
-            Fault('VDI.copy', 'delay', params=(0.3,)))
+            Fault('VDI.copy', 'delay', 'after', params=(0.3,)))
         before = {*self.pool.rows.all('VDI')}
         self.x.Async.VDI.copy(self.disk, self.sr)
-        self.pool.kill_master()
         self.until(lambda: {*self.pool.rows.all('VDI')} - before)
+        self.pool.kill_master()
         self.until(lambda: not self.pool.operations.current(
             'VDI', self.disk))
         self.assertEqual(
