@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 
 from volume import errors
 from volume.drivers.xensm import failures
+from volume.drivers.xensm import tasks
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.link import Link
 from volume.drivers.xensm.vdis import Thing
@@ -31,6 +32,7 @@ from volume.drivers.xensm.vdis import Vdi
 
 HOLD_S = 7200.0  # as long as the server may keep a call waiting
 BUSY = frozenset({'snapshot', 'clone', 'copy', 'mirror', 'destroy'})
+COPIES = ('VDI.snapshot', 'VDI.clone', 'VDI.copy')  # ends of tasks' names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,14 +88,12 @@ def bear(
     mark = Mark(
         birth.thing.id, birth.by_bytes, clock() + HOLD_S, link.originator)
     source = vdis.get(link, source.ref)
-    _claim(link, source, mark, clock())
+    was_asked = _claim(link, source, mark, clock())
+    # Asked before it is looked for: what is over by now is found.
+    is_pending = _is_busy(source) or (was_asked and _has_task(link))
     children = born(link, source, birth)
-    if not children or birth.by_bytes:
-        if BUSY.intersection(source.operations.values()):
-            raise errors.Busy(
-                f'{source.name} is being copied at the server, by an earlier '
-                'call whose reply was lost; wait for it'
-            )
+    if is_pending and (not children or birth.by_bytes):
+        raise _pending(source)
     child = None
     for each in children:
         if child is None and not birth.by_bytes:
@@ -111,6 +111,35 @@ def bear(
     birth.finish(child)
     vdis.drop(link, source.ref, [vdis.NEXT])
     return vdis.get(link, child.ref)
+
+
+def need_quiet(link: Link, source: Vdi) -> None:
+    """Make sure that a copy which a mark asks for can no longer be born.
+
+    :raises Busy: the server may be about to make it
+    """
+    if _is_busy(source) or _has_task(link):
+        raise _pending(source)
+
+
+def _is_busy(source: Vdi) -> bool:
+    return bool(BUSY.intersection(source.operations.values()))
+
+
+def _has_task(link: Link) -> bool:
+    """Say whether the server has a copy to make, of whatever it is."""
+    return any(
+        record['status'] in tasks.OPEN
+        and record['name_label'].endswith(COPIES)
+        for record in link.call('task.get_all_records').values()
+    )
+
+
+def _pending(source: Vdi) -> errors.Busy:
+    return errors.Busy(
+        f'{source.name} is being copied at the server, by an earlier call '
+        'whose reply was lost; wait for it'
+    )
 
 
 def born(link: Link, source: Vdi, birth: Birth) -> list[Vdi]:
@@ -158,14 +187,14 @@ def _mark_id(vdi: Vdi) -> str:
     return mark.id if mark else ''
 
 
-def _claim(link: Link, source: Vdi, mark: Mark, now: float) -> None:
-    """Write the mark on the source."""
+def _claim(link: Link, source: Vdi, mark: Mark, now: float) -> bool:
+    """Write the mark on the source; say if the thing was asked for before."""
     if source.keys.get(vdis.OWN) != source.uuid:
         vdis.put(link, source.ref, {vdis.OWN: source.uuid})
     there = Mark.of(source)
     if there is not None:
         if (there.id, there.by_bytes) == (mark.id, mark.by_bytes):
-            return  # of an earlier try, by whomever: the work is ours now
+            return True  # by whomever: the work is ours now
         if there.id != mark.id and now <= there.until and (
             there.owner not in ('', link.originator)
         ):
@@ -183,3 +212,4 @@ def _claim(link: Link, source: Vdi, mark: Mark, now: float) -> None:
         raise errors.Busy(
             f'{source.name} is being copied by another service; wait for it'
         ) from failed
+    return there is not None and there.id == mark.id

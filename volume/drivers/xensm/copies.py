@@ -60,25 +60,34 @@ class Copies(VhdStorage):
         there = self.find(snapshot)
         if there is not None:
             self.destroy(there)
-        found = vdis.by_name(self.link, vdis.name(snapshot.volume))
-        found += vdis.by_name(self.link, vdis.name(snapshot))
-        self._undo_birth(found, snapshot)
+
+        def look() -> list[Vdi]:
+            return [
+                vdi for thing in (snapshot.volume, snapshot)
+                for vdi in vdis.by_name(self.link, vdis.name(thing))
+            ]
+
+        self._undo_birth(look, snapshot)
         # A revert to it that nobody goes on with.
-        self._undo_birth(found, snapshot.volume)
+        self._undo_birth(look, snapshot.volume)
         self._is_worth_a_scan = True
 
     def delete(self, volume: model.Volume) -> None:
         was_there = self.find(volume) is not None
         super().delete(volume)
         label = vdis.name(volume)
-        left = (
-            vdis.by_name(self.link, label) if was_there else self.all_vdis())
-        for vdi in left:
+
+        def look() -> list[Vdi]:
+            if was_there:
+                return vdis.by_name(self.link, label)
+            return self.all_vdis()
+
+        for vdi in look():
             if vdi.is_passing and vdi.keys.get(vdis.ID) == volume.id and (
                 vdi.keys.get(vdis.OWN) == vdi.uuid
             ):
                 self.destroy(vdi)
-        self._undo_birth(left, volume)
+        self._undo_birth(look, volume)
         self._is_worth_a_scan = True
 
     def clone(self, source: Thing, volume: model.Volume) -> str:
@@ -314,16 +323,28 @@ class Copies(VhdStorage):
 
     def _unmark(self, source: Vdi, thing: Thing) -> None:
         """Take away what a birth that is complete has left on its source."""
-        mark = births.Mark.of(source)
-        if mark is not None and mark.id == thing.id:
+        if self._asks_for(source, thing):
             vdis.drop(self.link, source.ref, [vdis.NEXT])
 
-    def _undo_birth(self, found: list[Vdi], thing: Thing) -> None:
+    def _asks_for(self, source: Vdi, thing: Thing) -> bool:
+        mark = births.Mark.of(source)
+        return not births.is_born(source) and (
+            mark is not None and mark.id == thing.id
+        )
+
+    def _undo_birth(
+        self, look: Callable[[], list[Vdi]], thing: Thing
+    ) -> None:
+        found = look()
+        asked = [vdi for vdi in found if self._asks_for(vdi, thing)]
+        if asked:
+            # Its reply was lost, and it may only just be about to be born.
+            births.need_quiet(self.link, asked[0])
+            found = look()
         for vdi in births.unfinished(found, thing.id):
             self.destroy(vdi)
         for vdi in found:
-            if not births.is_born(vdi):
-                self._unmark(vdi, thing)
+            self._unmark(vdi, thing)
 
     # Successions.
 
