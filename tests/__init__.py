@@ -20,6 +20,11 @@ import logging  # noqa: E402
 import signal  # noqa: E402
 import unittest  # noqa: E402
 
+by_thread = unittest.skipIf(
+    CONCURRENCY != concurrency.THREADS,
+    'under eventlet a statement does not tell whose thread asks it',
+)
+
 LIMIT_S = float(os.environ.get('VOLUME_TEST_LIMIT_S', '300'))
 
 # Injected faults are logged by the thousand; a test that asks for logs gets

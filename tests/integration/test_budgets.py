@@ -16,7 +16,6 @@ from tests import database
 from tests.database import NOW
 from tests.database import volume
 from tests.integration import serving
-from volume import concurrency
 from volume import ids
 from volume.context import Caller
 from volume.db import models
@@ -57,13 +56,7 @@ def statements(db):
         event.remove(db.engine, 'before_cursor_execute', note)
 
 
-by_thread = unittest.skipIf(
-    tests.CONCURRENCY != concurrency.THREADS,
-    'under eventlet a statement does not tell whose thread asks it',
-)
-
-
-@by_thread
+@tests.by_thread
 @database.on_all
 class Budgets(unittest.TestCase):
     @classmethod
@@ -191,7 +184,7 @@ class Budgets(unittest.TestCase):
         self.cost(45, life)
 
 
-@by_thread
+@tests.by_thread
 class Lists(unittest.TestCase):
     def setUp(self):
         self.world = serving.World(self, settings=QUIET)

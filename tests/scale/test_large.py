@@ -5,6 +5,7 @@ import unittest
 
 from sqlalchemy import select
 
+import tests
 from tests import database
 from tests.scale import scale_case
 from tools import fill
@@ -108,6 +109,7 @@ class Large(unittest.TestCase):
         self.assert_same(small, large)
         self.assert_no_scan(large)
 
+    @tests.by_thread
     def test_lists_read_an_index_in_every_version(self):
         for path in LISTS:
             for minor in MINORS:
@@ -231,6 +233,7 @@ class Large(unittest.TestCase):
         most = 2 + backends + 1 + scale_case.LARGE.attachments // 500
         self.assertLessEqual(len(cost.statements), most)
 
+    @tests.by_thread
     def test_a_start_asks_no_more_before_it_serves(self):
         small, large = (
             world.start_again() for world in (self.small, self.large)
