@@ -52,6 +52,7 @@ MINORS = 0, 27, 34, 45, 54
 
 
 @database.only_sqlite
+@tests.by_thread
 class Large(unittest.TestCase):
     """Ten thousand volumes, two hundred pools, 100,000 rows of history."""
 
@@ -109,7 +110,6 @@ class Large(unittest.TestCase):
         self.assert_same(small, large)
         self.assert_no_scan(large)
 
-    @tests.by_thread
     def test_lists_read_an_index_in_every_version(self):
         for path in LISTS:
             for minor in MINORS:
@@ -233,7 +233,6 @@ class Large(unittest.TestCase):
         most = 2 + backends + 1 + scale_case.LARGE.attachments // 500
         self.assertLessEqual(len(cost.statements), most)
 
-    @tests.by_thread
     def test_a_start_asks_no_more_before_it_serves(self):
         small, large = (
             world.start_again() for world in (self.small, self.large)
