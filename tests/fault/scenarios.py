@@ -8,6 +8,7 @@ world's own invariants). Bytes are patterns of one letter a MiB.
 
 from __future__ import annotations
 
+import abc
 import functools
 import os
 from typing import Any
@@ -38,7 +39,7 @@ def pattern(letter: str, offset: int = MIB) -> bytes:
     )
 
 
-class Scenario:
+class Scenario(abc.ABC):
     """One volume ``v`` that holds ``a``; nothing is done to it."""
 
     needs: frozenset[str] = frozenset()
@@ -52,8 +53,9 @@ class Scenario:
         self.v = self.create(size_bytes=SIZE)
         self.world.write(self.v, MIB, b'a' * MIB)
 
+    @abc.abstractmethod
     def act(self) -> None:
-        raise NotImplementedError
+        """Do what faults are to meet."""
 
     def verify(self) -> None:
         self.holds(self.v, pattern('a'))

@@ -13,6 +13,7 @@ scenario and with the next driver, and the same in each run.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import re
@@ -117,7 +118,7 @@ def noting_writes(world: World, after: set[int]) -> Iterator[None]:
         sqlalchemy.event.remove(world.db.engine, 'commit', note)
 
 
-class FlowFaults:
+class FlowFaults(abc.ABC):
     """One test a scenario; a driver adds its section."""
 
     exporter = 'nbd'
@@ -125,8 +126,9 @@ class FlowFaults:
     turn = 0
     plays_all = PROOF
 
+    @abc.abstractmethod
     def section(self) -> str:
-        raise NotImplementedError
+        """Return the driver's lines of the configuration."""
 
     def world(self) -> World:
         return World(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import os
@@ -90,17 +91,19 @@ class ExportsCase(unittest.TestCase):
         return path
 
 
-class Claims:
+class Claims(abc.ABC):
     """What holds for every exporter; a mixin of the two cases below."""
 
     id: str
     path: str
 
+    @abc.abstractmethod
     def exporter(self) -> Exporter:
-        raise NotImplementedError
+        """Return the one that is tried."""
 
+    @abc.abstractmethod
     def connector(self) -> Connector:
-        raise NotImplementedError
+        """Return the host's side of it."""
 
     def source(self) -> Source:
         return model.Device(self.path, False, 'raw')

@@ -57,11 +57,11 @@ class Files(unittest.TestCase):
         self.put('images-not')
         os.symlink(self.root + '/secret', self.images + '/link')
         os.symlink(self.root, self.images + '/up')
-        os.symlink('/', self.images + '/root')
+        os.symlink('/', self.images + '/top')
         for path in (
             url, f'file://{self.images}/../secret', 'file:///etc/passwd',
             f'file://{self.images}/link', f'file://{self.images}/up/secret',
-            f'file://{self.images}/root/etc/passwd',
+            f'file://{self.images}/top/etc/passwd',
             f'file://{self.images}/%2e%2e/secret',
             f'file://{self.root}/images-not',
         ):

@@ -286,8 +286,8 @@ class RawHba(LunCase):
         self.assertEqual({'3600fc0'}, set(self.vdis(sr)))
 
 
-class Iscsi(LunCase):
-    """``iscsi`` since 2016: LUNs are managed as soon as they are seen."""
+class IscsiCase(LunCase):
+    """A target with two LUNs."""
 
     def setUp(self):
         super().setUp()
@@ -299,6 +299,10 @@ class Iscsi(LunCase):
 
     def iscsi(self):
         return self.sr('iscsi', target='192.0.2.1', targetIQN=IQN)
+
+
+class Iscsi(IscsiCase):
+    """``iscsi`` since 2016: LUNs are managed as soon as they are seen."""
 
     def test_luns_are_introduced_managed(self):
         sr = self.iscsi()
@@ -343,21 +347,10 @@ class Iscsi(LunCase):
                 'multipathable', 'LUNperVDI')))
 
 
-class OldIscsi(LunCase):
+class OldIscsi(IscsiCase):
     """``iscsi`` of sm 1.9 and before: it claims, as ``hba`` does."""
 
     profile = 'xenserver-6.5'
-
-    def setUp(self):
-        super().setUp()
-        self.world.add_target('192.0.2.1', IQN)
-        for number in range(2):
-            self.world.add_lun(
-                f'360a98{number}', (number + 1) * 16 * MIB, lun_id=number,
-                iqn=IQN)
-
-    def iscsi(self):
-        return self.sr('iscsi', target='192.0.2.1', targetIQN=IQN)
 
     def test_luns_are_introduced_unmanaged(self):
         sr = self.iscsi()

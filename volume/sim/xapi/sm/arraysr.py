@@ -8,6 +8,7 @@ published. What the guides leave open is marked [I].
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import xml.dom.minidom
@@ -173,9 +174,9 @@ class ArraySr(Manager):
     # -- what the kinds differ in -----------------------------------------
 
     @staticmethod
+    @abc.abstractmethod
     def enter(world: World, device_config: dict[str, str]) -> Array:
         """Return the array that lets us in, or say why it does not."""
-        raise NotImplementedError
 
     def check_new(self, array: Array, name: str) -> None:
         """Refuse a new SR that the array cannot hold."""
@@ -184,16 +185,16 @@ class ArraySr(Manager):
         """Return what the array keeps of a new SR."""
         return {}
 
+    @abc.abstractmethod
     def describe_pools(self, array: Array) -> str:
         """Return the XML that helps to choose a pool on the array."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def new_lun(
         self, state: arraybox.State, uuid: str, size_bytes: int,
         sm_config: dict[str, str],
     ) -> arraybox.Lun:
         """Return a volume that is not yet there, or refuse it."""
-        raise NotImplementedError
 
     def check_copy(
         self, state: arraybox.State, lun: arraybox.Lun, is_snapshot: bool,

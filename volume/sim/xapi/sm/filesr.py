@@ -7,6 +7,7 @@ system below says, so that others' files count as well.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 from collections.abc import Callable
@@ -46,12 +47,12 @@ class FileSr(ChainManager):
 
     # -- where it is ------------------------------------------------------
 
+    @abc.abstractmethod
     def place(self) -> tuple[Path, Path, int]:
         """Return the SR's directory, the file system's top and its size.
 
         :raises Failure: it cannot be mounted
         """
-        raise NotImplementedError
 
     @property
     def space(self) -> Space:
