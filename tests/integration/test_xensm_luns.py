@@ -168,6 +168,17 @@ class Claiming(Case):
         driver.create(self.wish())
         self.assertEqual(bytes(64 * MIB), self.bytes_of(taken))
 
+    def test_volume_whose_lun_another_sr_has_by_now_is_not_wiped(self):
+        driver = self.driver(luns=[LUNS[0]])
+        volume = self.wish()
+        driver.create(volume)
+        other = xapi.make_sr(self.pool, 'lvmoiscsi', {
+            'target': xensm.TARGET, 'targetIQN': xensm.IQN,
+            'SCSIid': LUNS[0]})
+        with self.assertRaisesRegex(errors.Busy, f'used by SR {other}'):
+            driver.delete(volume)
+        self.assertEqual(b'LABELONE', self.bytes_of(LUNS[0])[512:520])
+
     def test_lun_that_is_a_volume_by_another_sr_is_not_taken(self):
         both = '36001405both'
         self.world.add_lun(

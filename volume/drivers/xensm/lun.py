@@ -172,6 +172,12 @@ class LunStorage(access.Access):
             return
         hosts.need_home(lun.vdi, volume.id)
         self.refuse_plugged(lun.vdi, 'delete')
+        if user := self._user(lun):
+            raise errors.Busy(
+                f'volume {volume.id} is not wiped: LUN {lun.scsi_id} is used '
+                f'by {user} as well; see whose bytes these are, and remove '
+                'that SR or let go of the volume'
+            )
         vdis.put(self.link, lun.vdi.ref, {WIPING: volume.id})
         self._unmark(READY, lun)
         if not lun.is_clean:
