@@ -88,6 +88,12 @@ class Backend:
             )
         return self.driver
 
+    def abilities(self) -> model.Abilities:
+        """Return what hosts' way to the volumes can do."""
+        if isinstance(self.driver, base.NativeAccess):
+            return self.driver.abilities
+        return self.exporter.abilities if self.exporter else model.Abilities()
+
     def feature(self, pool: str, name: str) -> bool:
         """Say whether a pool has a feature now."""
         found = self.pools.get(pool)

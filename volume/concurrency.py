@@ -9,7 +9,8 @@ plain call.
 
 A function that runs in a native thread must not wait for a greenthread: no
 lock, event, queue, socket or sleep of the patched kind. One that does fails
-at once, and does not hang for ever. eventlet's own ``tpool`` is not used: it
+at once, and does not hang for ever; it takes what must wait back among the
+greenthreads with ``waiting``. eventlet's own ``tpool`` is not used: it
 has one pool for everything, so that a slow disk would stop the database, and
 an exception that is no ``Exception`` leaves its caller waiting.
 """
@@ -97,6 +98,18 @@ def blocking(effect: Callable[[], T]) -> T:
     return FILES.run(effect)
 
 
+def waiting(effect: Callable[[], T]) -> T:
+    """Return what ``effect`` returns; it may wait as green code does.
+
+    The way back from ``blocking``: from a native thread it goes to a
+    greenthread, with its caller's context. With threads, and in a
+    greenthread, it is a plain call.
+    """
+    if _world is None or _world.is_green():
+        return effect()
+    return _world.ask(effect)
+
+
 class Lane:
     """Native threads for one kind of work, begun when they are needed.
 
@@ -126,12 +139,7 @@ class Lane:
             world.wait(call)
         finally:
             self._busy -= 1
-        if call.error is not None:
-            try:
-                raise call.error
-            finally:
-                del call  # or its traceback would hold itself
-        result: T = call.result
+        result: T = call.answer()
         return result
 
     def _begin(self, world: _Greens) -> None:
@@ -173,6 +181,16 @@ class _Call:
             self.error = failed
         self.effect = None
 
+    def answer(self) -> Any:
+        """Return or raise what became of it; once."""
+        if self.error is None:
+            return self.result
+        error, self.error = self.error, None
+        try:
+            raise error
+        finally:
+            del error  # or its traceback would hold itself
+
     def resume(self) -> None:
         """Wake who waits, if he still does."""
         self.is_done = True
@@ -188,7 +206,10 @@ class _Greens:
         self._hubs = eventlet.hubs
         self._current = eventlet.getcurrent
         self._thread_id = self.threading.get_ident()
+        self._spawn = eventlet.spawn_n
         self._done: collections.deque[_Call] = collections.deque()
+        self._asked: collections.deque[Callable[[], None]] = (
+            collections.deque())
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         hub = self._hubs.get_hub()
         hub.add(hub.READ, self._fd, self._deliver, None, None)
@@ -197,9 +218,13 @@ class _Greens:
     def is_here(self) -> bool:
         """Say whether the caller is a greenthread, and so may wait."""
         return (
-            self.threading.get_ident() == self._thread_id
-            and self._current() is not self._hub.greenlet
+            self.is_green() and self._current() is not self._hub.greenlet
         )
+
+    def is_green(self) -> bool:
+        """Say whether the caller is in the thread of the greenthreads."""
+        found: bool = self.threading.get_ident() == self._thread_id
+        return found
 
     def wait(self, call: _Call) -> None:
         call.waiter = self._current()
@@ -214,6 +239,20 @@ class _Greens:
         self._done.append(call)
         os.eventfd_write(self._fd, 1)
 
+    def ask(self, effect: Callable[[], T]) -> T:
+        """Have a greenthread do something; for native threads."""
+        call, ended = _Call(effect), self.threading.Event()
+
+        def work() -> None:
+            call.work()
+            ended.set()
+
+        self._asked.append(work)
+        os.eventfd_write(self._fd, 1)
+        ended.wait()
+        result: T = call.answer()
+        return result
+
     def forbid_waiting(self) -> None:
         """Have this native thread fail where it would wait as a green one."""
         self._hubs._threadlocal.hub = _NoHub()
@@ -224,6 +263,8 @@ class _Greens:
         while self._done:
             call = self._done.popleft()
             self._hub.schedule_call_global(0, call.resume)
+        while self._asked:
+            self._spawn(self._asked.popleft())
 
 
 class _NoHub:

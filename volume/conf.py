@@ -131,7 +131,13 @@ SERVICE = (
     ),
     cfg.IntOpt(
         'image_rate_bytes_per_s', default=0, min=0,
-        help='Bytes a second that one image copy may use; 0 is no limit.',
+        help='Bytes a second of one copy, or of one wipe; 0 is no limit.',
+    ),
+    cfg.StrOpt(
+        'secrets_key_file', default='$state_path/secrets.key',
+        help='File of the keys that seal secrets in the database.\n\n'
+             'Made at the first start. Services of one database need the '
+             'same file, and a copy of it belongs to each backup.',
     ),
     cfg.StrOpt(
         'nbd_listen', default='',

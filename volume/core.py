@@ -42,6 +42,7 @@ class Settings:
     size_bytes_max: int = 1 << 56
     availability_zone: str = 'nova'
     image_url_template: str = ''
+    secrets_key_file: str = ''
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from volume import errors
 from volume import model
+from volume import progress
 from volume.core import Settings
 from volume.db import models
 from volume.db.engine import Database
@@ -161,7 +162,8 @@ class Job:
     def watch(self, done_bytes: int, total_bytes: int) -> None:
         """Report progress; called often, written once a second.
 
-        :raises Cancelled: a person has asked for it to stop
+        :raises Cancelled: a person has asked for it to stop, and it is not
+            being undone
         :raises Stopped: the service is stopping
         :raises LeaseLost: another manager has the job
         """
@@ -190,7 +192,8 @@ class Job:
                 raise
             return
         self._heard_at = now
-        if is_cancelled and self.row.direction == 'do':
+        step = self.flow.steps[self.row.step]
+        if is_cancelled and self.row.direction == 'do' and not step.is_late:
             raise errors.Cancelled(f'job {self.row.id} was cancelled')
 
     def fenced(self, session: Session, **values: Any) -> None:
@@ -302,9 +305,14 @@ def _advance(job: Job) -> bool:
         if job.row.direction == 'do':
             if job.row.cancel and not step.is_late:
                 raise errors.Cancelled(f'job {job.row.id} was cancelled')
-            _forward(job, step.do(job))
+            with progress.watching(job.watch, job.rate_bytes_per_s):
+                effect = step.do(job)
+            _forward(job, effect)
         else:
-            _backward(job, step.undo(job) if step.undo else None)
+            # Told as well, and left when the service stops; never cancelled.
+            with progress.watching(job.watch, job.rate_bytes_per_s):
+                effect = step.undo(job) if step.undo else None
+            _backward(job, effect)
     except (LeaseLost, Stopped):
         raise
     except errors.VolumeError as failed:

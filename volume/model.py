@@ -129,9 +129,12 @@ class Connection:
 
     ``protocol`` is the ``driver_volume_type`` of the compute side
     (``nbd``, ``local``, ``iscsi`` …), ``fields`` its data; JSON values
-    only. ``secrets`` are further fields that nobody may keep: they go to
-    the host in the reply to its RPC, and neither into the database nor
-    through REST.
+    only. Two kinds of further fields are not for everybody.
+    ``credentials`` are good for this attachment alone (a CHAP password):
+    they go to who connects, by RPC or REST, and stand encrypted in the
+    database. ``secrets`` are the storage's own, and nobody may keep them:
+    they go to the host in the reply to its RPC, and neither into the
+    database nor through REST.
     """
 
     protocol: str
@@ -139,6 +142,36 @@ class Connection:
     secrets: Mapping[str, str] = dataclasses.field(
         default_factory=dict, hash=False, repr=False
     )
+    credentials: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, hash=False, repr=False
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a way for hosts to reach volumes can do at best.
+
+    ``auth`` are the ways in which a host is known: ``chap``,
+    ``mutual-chap``, ``initiator`` (a name that it gives), ``address``,
+    ``mac``, ``path`` (it is on this machine), ``cephx``, ``pool`` (it is a
+    member of the storage's own pool). ``ends_sessions``: the end of an
+    access ends what is open; otherwise it is Busy until that is closed.
+    """
+
+    auth: tuple[str, ...] = ()
+    ends_sessions: bool = True
+    read_only: bool = True
+    multi_attach: bool = True
+    multi_portal: bool = False
+    online_resize: bool = False
+    remote_node: bool = False
+
+    def names(self) -> frozenset[str]:
+        """Return what pools tell of it, beside the driver's features."""
+        return frozenset(
+            f'export:{field.name}' for field in dataclasses.fields(self)
+            if getattr(self, field.name) is True
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -115,12 +115,14 @@ def _pools(
                 backend=backend.name, name=name, claimed_bytes=0
             )
             session.add(rows[name])
-        _fill(rows[name], pool, backend.conf, machine, now)
+        _fill(rows[name], pool, backend, machine, now)
 
 
 def _fill(
-    row: models.Pool, pool: model.Pool, conf: Any, machine: str, now: float
+    row: models.Pool, pool: model.Pool, backend: Backend, machine: str,
+    now: float,
 ) -> None:
+    conf: Any = backend.conf
     total, free = pool.total_bytes, pool.free_bytes
     if conf.capacity_gib is not None:
         total = min(total, int(conf.capacity_gib * model.GIB))
@@ -134,7 +136,7 @@ def _fill(
     row.granularity_bytes = pool.granularity_bytes
     row.max_volume_bytes = min(pool.max_volume_bytes, 1 << 62)
     row.thin = pool.thin
-    row.features = sorted(pool.features)
+    row.features = sorted(pool.features | backend.abilities().names())
     row.device = f'{machine}/{pool.device}' if pool.device else ''
     row.updated_at = now
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from oslo_config import cfg
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 import volume
@@ -33,6 +34,7 @@ from volume import memory
 from volume import periodic
 from volume import rpc
 from volume import takeover
+from volume import vault
 from volume.api import app
 from volume.api import auth
 from volume.api import server
@@ -173,6 +175,26 @@ class Service:
 
     # Ours alone.
 
+    def _make_key(self) -> None:
+        """Have a key for secrets, unless one has sealed some already.
+
+        Another key would open none of them, and hide that theirs is gone.
+        """
+        path = os.path.abspath(self.conf.secrets_key_file)
+        if os.path.exists(path):
+            return
+        table = models.Attachment
+        if self.db.read(lambda s: s.scalar(
+            select(table.id).where(table.credentials.is_not(None)).limit(1)
+        )):
+            LOG.error(
+                'there is no %s, and secrets in the database need it: put a '
+                'copy there; until then nothing that has them can be '
+                'attached', path,
+            )
+            return
+        vault.make_key(path)
+
     def _make_runner(self, state: str) -> Runner:
         conf = self.conf
         settings = Settings(
@@ -185,6 +207,7 @@ class Service:
             ),
             availability_zone=conf.availability_zone,
             image_url_template=conf.image_url_template,
+            secrets_key_file=os.path.abspath(conf.secrets_key_file),
         )
         serves = 'manager' in conf.roles
         return Runner(
@@ -201,6 +224,7 @@ class Service:
         spool = os.path.join(self.node.state_dir, 'spool')
         self.node.make_directory(spool)
         periodic.sweep_spool(self.node, spool)
+        self._make_key()
         self._claim_name()
         self.runner.void_earlier()
         periodic.end_private_exports(self.node)

@@ -123,8 +123,6 @@ class PathSession:
 
 class LocalTest(RawFiles, exports.ExporterSuite, unittest.TestCase):
 
-    ends_sessions = False
-
     def make_exporter(self):
         return local.LocalExporter(None, self.node)
 

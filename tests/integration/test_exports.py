@@ -23,6 +23,7 @@ from volume.blockd import Blockd
 from volume.connector.base import Connector
 from volume.connector.local import LocalConnector
 from volume.connector.nbd import NbdConnector
+from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.exports.base import Source
 from volume.exports.local import LocalExporter
@@ -63,6 +64,16 @@ def opened(path: str, *flags: str) -> Iterator[None]:
             yield
         finally:
             user.stdin.close()
+
+
+def wanted(
+    attachment_id: str, source: Source, host: model.Host,
+    access: model.Access,
+) -> Export:
+    """Return what is exported, of a volume that has the attachment's id."""
+    return Export(
+        attachment_id, attachment_id, source, host, access, SIZE
+    )
 
 
 class ExportsCase(unittest.TestCase):
@@ -116,9 +127,9 @@ class Claims(abc.ABC):
     def test_what_was_exported_is_attached_and_read_by_qemu(
         self: Any
     ) -> None:
-        connection = self.exporter().export(
+        connection = self.exporter().export(wanted(
             self.own_id, self.source(), HOST, WRITE
-        )
+        ))
         found = self.connector().attach(connection)
         self.assertEqual(found, self.connector().attach(connection))
         size = json.loads(run(
@@ -132,8 +143,12 @@ class Claims(abc.ABC):
         self.connector().detach(connection)
 
     def test_export_again_is_the_same_connection(self: Any) -> None:
-        first = self.exporter().export(self.own_id, self.source(), HOST, WRITE)
-        again = self.exporter().export(self.own_id, self.source(), HOST, WRITE)
+        first = self.exporter().export(wanted(
+            self.own_id, self.source(), HOST, WRITE
+        ))
+        again = self.exporter().export(wanted(
+            self.own_id, self.source(), HOST, WRITE
+        ))
         self.assertEqual(first, again)
         self.assertEqual({self.own_id}, self.exporter().exported())
 
@@ -141,19 +156,19 @@ class Claims(abc.ABC):
         other = os.path.join(self.root, 'other')
         shutil.copy(self.path, other)
         exporter = self.exporter()
-        exporter.export(self.own_id, self.source(), HOST, WRITE)
+        exporter.export(wanted(self.own_id, self.source(), HOST, WRITE))
         for source, access in (
             (model.Device(other, False, 'raw'), WRITE),
             (self.source(), READ),
         ):
             with self.assertRaises(errors.Conflict):
-                exporter.export(self.own_id, source, HOST, access)
+                exporter.export(wanted(self.own_id, source, HOST, access))
         self.assertEqual({self.own_id}, exporter.exported())
 
     def test_connection_is_plain_json(self: Any) -> None:
-        connection = self.exporter().export(
+        connection = self.exporter().export(wanted(
             self.own_id, self.source(), HOST, READ
-        )
+        ))
         self.assertEqual(self.connector().protocol, connection.protocol)
         self.assertEqual(
             connection.fields, json.loads(json.dumps(connection.fields))
@@ -161,9 +176,9 @@ class Claims(abc.ABC):
         self.assertEqual('ro', connection.fields['access'])
 
     def test_exports_outlive_the_service(self: Any) -> None:
-        connection = self.exporter().export(
+        connection = self.exporter().export(wanted(
             self.own_id, self.source(), HOST, WRITE
-        )
+        ))
         self.node = self.fresh_node()
         exporter = self.exporter()
         exporter.check()
@@ -175,15 +190,15 @@ class Claims(abc.ABC):
     def test_unexport_of_what_is_gone_succeeds(self: Any) -> None:
         exporter = self.exporter()
         exporter.unexport(self.own_id)
-        exporter.export(self.own_id, self.source(), HOST, WRITE)
+        exporter.export(wanted(self.own_id, self.source(), HOST, WRITE))
         exporter.unexport(self.own_id)
         exporter.unexport(self.own_id)
         self.assertEqual(set(), exporter.exported())
 
     def test_one_hosts_export_ends_alone(self: Any) -> None:
         exporter, other = self.exporter(), ids.new()
-        exporter.export(self.own_id, self.source(), HOST, WRITE)
-        left = exporter.export(other, self.source(), OTHER, WRITE)
+        exporter.export(wanted(self.own_id, self.source(), HOST, WRITE))
+        left = exporter.export(wanted(other, self.source(), OTHER, WRITE))
         exporter.unexport(self.own_id)
         self.assertEqual({other}, exporter.exported())
         found = self.connector().attach(left)
@@ -192,14 +207,16 @@ class Claims(abc.ABC):
     def test_attachment_that_is_no_id_is_refused(self: Any) -> None:
         for name in '', '../x', 'p-x', 'x' * 36:
             with self.subTest(name), self.assertRaises(errors.Invalid):
-                self.exporter().export(name, self.source(), HOST, WRITE)
+                self.exporter().export(wanted(
+                    name, self.source(), HOST, WRITE
+                ))
             with self.subTest(name), self.assertRaises(errors.Invalid):
                 self.exporter().unexport(name)
 
     def test_absent_file_is_not_found(self: Any) -> None:
         source = model.Device(os.path.join(self.root, 'none'), False)
         with self.assertRaises(errors.NotFound):
-            self.exporter().export(self.own_id, source, HOST, WRITE)
+            self.exporter().export(wanted(self.own_id, source, HOST, WRITE))
         self.assertEqual(set(), self.exporter().exported())
 
     def test_connection_of_another_protocol_is_refused(self: Any) -> None:
@@ -226,7 +243,9 @@ class NbdExporterTest(Claims, ExportsCase):
 
     def test_old_url_no_longer_reads_after_unexport(self) -> None:
         exporter = self.exporter()
-        connection = exporter.export(self.own_id, self.source(), HOST, WRITE)
+        connection = exporter.export(wanted(
+            self.own_id, self.source(), HOST, WRITE
+        ))
         uri = self.connector().attach(connection)
         with contextlib.closing(NbdClient(uri)) as session:
             buffer = bytearray(8)
@@ -241,9 +260,9 @@ class NbdExporterTest(Claims, ExportsCase):
             self.connector().attach(connection)
 
     def test_fields_say_where_the_export_is(self) -> None:
-        fields = self.exporter().export(
+        fields = self.exporter().export(wanted(
             self.own_id, self.source(), HOST, WRITE
-        ).fields
+        )).fields
         directory = os.path.join(self.root, 'blockd')
         self.assertEqual(
             {
@@ -262,9 +281,9 @@ class NbdExporterTest(Claims, ExportsCase):
             self.node, os.path.join(self.root, 't'), tcp=f'127.0.0.1:{port}'
         )
         self.addCleanup(self.node.blockd.stop)
-        connection = self.exporter().export(
+        connection = self.exporter().export(wanted(
             self.own_id, self.source(), HOST, READ
-        )
+        ))
         self.assertEqual('127.0.0.1', connection.fields['host'])
         self.assertEqual(port, connection.fields['port'])
         self.assertTrue(
@@ -284,14 +303,18 @@ class NbdExporterTest(Claims, ExportsCase):
                 'file': {'driver': 'file', 'filename': base},
             },
         }
-        connection = self.exporter().export(self.own_id, node, HOST, WRITE)
+        connection = self.exporter().export(wanted(
+            self.own_id, node, HOST, WRITE
+        ))
         uri = self.connector().attach(connection)
         out = run('qemu-io', '-f', 'raw', '-c', 'read -P 9 0 64k', uri)
         self.assertNotIn('verification failed', out)
 
     def test_qcow2_device_is_served_by_its_format(self) -> None:
         device = model.Device(self.qcow2('q'), False, 'qcow2')
-        connection = self.exporter().export(self.own_id, device, HOST, WRITE)
+        connection = self.exporter().export(wanted(
+            self.own_id, device, HOST, WRITE
+        ))
         size = json.loads(run(
             'nbdinfo', '--json', str(connection.fields['uri'])
         ))['exports'][0]['export-size']
@@ -301,7 +324,7 @@ class NbdExporterTest(Claims, ExportsCase):
         top = self.qcow2('top', below=self.qcow2('base'))
         device = model.Device(top, False, 'qcow2')
         with self.assertRaises(errors.Corrupt):
-            self.exporter().export(self.own_id, device, HOST, WRITE)
+            self.exporter().export(wanted(self.own_id, device, HOST, WRITE))
 
     def test_private_exports_are_not_attachments(self) -> None:
         node = {
@@ -315,17 +338,17 @@ class NbdExporterTest(Claims, ExportsCase):
         self.assertTrue(self.node.blockd.ensure())
 
     def test_promise_of_writing_is_proved(self) -> None:
-        connection = self.exporter().export(
+        connection = self.exporter().export(wanted(
             self.own_id, self.source(), HOST, READ
-        )
+        ))
         lie = model.Connection('nbd', {**connection.fields, 'access': 'rw'})
         with self.assertRaises(errors.Invalid):
             self.connector().attach(lie)
 
     def test_dead_server_is_unavailable_to_a_host(self) -> None:
-        connection = self.exporter().export(
+        connection = self.exporter().export(wanted(
             self.own_id, self.source(), HOST, READ
-        )
+        ))
         self.node.blockd.stop()
         with self.assertRaises(errors.Unavailable):
             self.connector().attach(connection)
@@ -352,22 +375,26 @@ class LocalExporterTest(Claims, ExportsCase):
                 'path': os.path.join(self.root, 'q'), 'format': 'qcow2',
                 'access': 'rw',
             },
-            self.exporter().export(self.own_id, device, HOST, WRITE).fields,
+            self.exporter().export(wanted(
+                self.own_id, device, HOST, WRITE
+            )).fields,
         )
 
     def test_pointer_is_told_as_what_it_means_now(self) -> None:
         pointer = os.path.join(self.root, 'pointer')
         os.symlink(self.path, pointer)
-        connection = self.exporter().export(
+        connection = self.exporter().export(wanted(
             self.own_id, model.Device(pointer, False), HOST, WRITE
-        )
+        ))
         self.assertEqual(self.path, connection.fields['path'])
 
     def test_block_node_of_one_file_is_a_path(self) -> None:
         node = {
             'driver': 'raw', 'file': {'driver': 'file', 'filename': self.path}
         }
-        fields = self.exporter().export(self.own_id, node, HOST, WRITE).fields
+        fields = self.exporter().export(wanted(
+            self.own_id, node, HOST, WRITE
+        )).fields
         self.assertEqual((self.path, 'raw'),
                          (fields['path'], fields['format']))
 
@@ -380,12 +407,12 @@ class LocalExporterTest(Claims, ExportsCase):
             {'driver': 'raw', 'file': {'driver': 'rbd', 'pool': 'p'}},
         ):
             with self.assertRaisesRegex(errors.Unsupported, 'nbd'):
-                self.exporter().export(self.own_id, node, HOST, WRITE)
+                self.exporter().export(wanted(self.own_id, node, HOST, WRITE))
         self.assertEqual(set(), self.exporter().exported())
 
     def test_path_that_a_process_has_open_is_not_taken_away(self) -> None:
         exporter = self.exporter()
-        exporter.export(self.own_id, self.source(), HOST, WRITE)
+        exporter.export(wanted(self.own_id, self.source(), HOST, WRITE))
         with open(self.path, 'rb') as f:
             user = subprocess.Popen(
                 ['sleep', '60'], stdin=f, stdout=subprocess.DEVNULL
@@ -408,7 +435,7 @@ class LocalExporterTest(Claims, ExportsCase):
         self.exporter().check()
         for access, flag in ((WRITE, ()), (READ, ('-r',))):
             own_id = ids.new()
-            self.exporter().export(own_id, self.source(), HOST, access)
+            self.exporter().export(wanted(own_id, self.source(), HOST, access))
             for top, _, names in os.walk(os.path.join(self.root, 'local')):
                 for path in top, *(os.path.join(top, n) for n in names):
                     os.chown(path, NOBODY, NOBODY)
@@ -441,8 +468,8 @@ class LocalExporterTest(Claims, ExportsCase):
 
     def test_path_that_the_other_attachment_uses_is_let_go_of(self) -> None:
         exporter, other = self.exporter(), ids.new()
-        exporter.export(self.own_id, self.source(), HOST, WRITE)
-        exporter.export(other, self.source(), OTHER, WRITE)
+        exporter.export(wanted(self.own_id, self.source(), HOST, WRITE))
+        exporter.export(wanted(other, self.source(), OTHER, WRITE))
         with open(self.path, 'rb') as f:
             user = subprocess.Popen(['sleep', '60'], stdin=f)
         try:
@@ -455,7 +482,7 @@ class LocalExporterTest(Claims, ExportsCase):
 
     def test_broken_record_is_corrupt_and_kept(self) -> None:
         exporter = self.exporter()
-        exporter.export(self.own_id, self.source(), HOST, WRITE)
+        exporter.export(wanted(self.own_id, self.source(), HOST, WRITE))
         record = os.path.join(self.root, 'local', f'{self.own_id}.json')
         with open(record, 'w') as f:
             f.write('{')
@@ -464,9 +491,9 @@ class LocalExporterTest(Claims, ExportsCase):
         self.assertTrue(os.path.exists(record))
 
     def test_path_that_is_gone_is_not_found_by_the_host(self) -> None:
-        connection = self.exporter().export(
+        connection = self.exporter().export(wanted(
             self.own_id, self.source(), HOST, WRITE
-        )
+        ))
         os.unlink(self.path)
         with self.assertRaises(errors.NotFound):
             self.connector().attach(connection)

@@ -10,6 +10,7 @@ from volume import ids
 from volume import model
 from volume import periodic
 from volume.db import models
+from volume.exports.base import Export
 from volume.testing import fixtures
 from volume.verbs import attachments
 from volume.verbs import volumes
@@ -89,11 +90,11 @@ class Strangers(unittest.TestCase):
         ).id
         exporter = made.backends['b'].exporter
         export_id = ids.new()
-        exporter.export(
-            export_id,
+        exporter.export(Export(
+            export_id, volume_id,
             made.driver().map(made.noun(volume_id), model.Access.WRITE),
-            model.Host('h'), model.Access.WRITE,
-        )
+            model.Host('h'), model.Access.WRITE, 1 << 20,
+        ))
         strangers = set()
         for _ in range(2):
             self.assertEqual([], periodic.end_orphan_exports(

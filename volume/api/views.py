@@ -220,12 +220,18 @@ def attachment_summary(row: models.Attachment) -> JSON:
     }
 
 
-def attachment(row: models.Attachment) -> JSON:
-    """Return everything about an attachment; the connection is flat."""
+def attachment(
+    row: models.Attachment, credentials: Mapping[str, str] | None = None
+) -> JSON:
+    """Return everything about an attachment; the connection is flat.
+
+    ``credentials`` are for its host and for services alone.
+    """
     info: JSON = {}
     if row.is_connected:
         info = {
             **dict(row.connection.get('data') or {}),
+            **(credentials or {}),
             'driver_volume_type': row.connection.get('driver_volume_type'),
             'attachment_id': row.id,
             'access_mode': row.mode,

@@ -30,7 +30,7 @@ UNSETTLED = frozenset({'creating', 'downloading'})
 # The kinds of jobs that the service lets be cancelled.
 CANCELLABLE = frozenset({
     'create', 'create_filled', 'upload', 'flatten', 'snapshot', 'adopt',
-    'attach', 'restore',
+    'attach', 'restore', 'delete', 'delete_snapshot',
 })
 
 

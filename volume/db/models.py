@@ -129,7 +129,8 @@ class Attachment(Base):
     Status: ``reserved`` (no connector yet), ``attaching`` (a connection is
     being made, or was given), ``attached``, ``detaching``. While it is
     connected, ``node`` is the service whose node has the volume open; empty
-    if the storage itself lets the host in.
+    if the storage itself lets the host in. ``credentials`` are sealed: what
+    the exporter was given, and what the host is told.
     """
 
     __tablename__ = 'attachments'
@@ -156,6 +157,7 @@ class Attachment(Base):
     node: Mapped[str] = mapped_column(
         String(255), default='', server_default=''
     )
+    credentials: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[float]
     attached_at: Mapped[float | None]
 

@@ -190,6 +190,8 @@ class NativeAccess(abc.ABC):
     Have this if the storage speaks a network protocol that hosts know.
     """
 
+    abilities: ClassVar[model.Abilities] = model.Abilities()
+
     @abc.abstractmethod
     def grant(
         self, volume: model.Volume, host: model.Host, access: model.Access

@@ -20,6 +20,8 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume import qemulocks
+from volume.exports.base import Abilities
+from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.exports.base import Source
 from volume.node import Node
@@ -32,6 +34,9 @@ class LocalExporter(Exporter):
 
     accepts_blocknode: ClassVar[bool] = True
     outlives_service: ClassVar[bool] = True
+    abilities: ClassVar[Abilities] = Abilities(
+        auth=('path',), ends_sessions=False
+    )
 
     def __init__(self, conf: Any, node: Node) -> None:
         self.conf = conf
@@ -40,14 +45,9 @@ class LocalExporter(Exporter):
     def check(self) -> None:
         self.node.make_directory(self._directory)
 
-    def export(
-        self,
-        attachment_id: str,
-        source: Source,
-        host: model.Host,
-        access: model.Access,
-    ) -> model.Connection:
-        path, format_name = _plain(source)
+    def export(self, wanted: Export) -> model.Connection:
+        attachment_id, access = wanted.attachment_id, wanted.access
+        path, format_name = _plain(wanted.source)
         if not self.node.exists(path):
             raise errors.NotFound(f'{path} is not there to be attached')
         record: dict[str, object] = {

@@ -17,9 +17,10 @@ from volume import ids
 from volume import model
 from volume.blockd import Blockd
 from volume.blockd import PRIVATE
+from volume.exports.base import Abilities
+from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.exports.base import Source
-from volume.exports.base import Wanted
 from volume.node import Node
 
 
@@ -28,6 +29,7 @@ class NbdExporter(Exporter):
 
     accepts_blocknode: ClassVar[bool] = True
     outlives_service: ClassVar[bool] = True
+    abilities: ClassVar[Abilities] = Abilities(auth=('path',))
 
     def __init__(self, conf: Any, node: Node) -> None:
         self.conf = conf
@@ -38,28 +40,27 @@ class NbdExporter(Exporter):
         # are to be restored, is given once.
         self._blockd().bring_up()
 
-    def export(
-        self,
-        attachment_id: str,
-        source: Source,
-        host: model.Host,
-        access: model.Access,
-    ) -> model.Connection:
-        name = ids.check(attachment_id, 'attachment')
-        writable = access is model.Access.WRITE
-        uri = self._blockd().export(name, _blocknode(source), writable)
-        return model.Connection('nbd', _fields(uri, name, access))
+    def export(self, wanted: Export) -> model.Connection:
+        name = ids.check(wanted.attachment_id, 'attachment')
+        writable = wanted.access is model.Access.WRITE
+        uri = self._blockd().export(
+            name, _blocknode(wanted.source), writable
+        )
+        return model.Connection('nbd', _fields(uri, name, wanted.access))
 
     def export_many(
-        self, wanted: Sequence[Wanted]
+        self, wanted: Sequence[Export]
     ) -> dict[str, model.Connection | errors.VolumeError]:
         accesses = {
-            ids.check(name, 'attachment'): access
-            for name, _, _, access in wanted
+            ids.check(each.attachment_id, 'attachment'): each.access
+            for each in wanted
         }
         uris = self._blockd().export_many([
-            (name, _blocknode(source), access is model.Access.WRITE)
-            for name, source, _, access in wanted
+            (
+                each.attachment_id, _blocknode(each.source),
+                each.access is model.Access.WRITE,
+            )
+            for each in wanted
         ])
         return {
             name: uri if isinstance(uri, errors.VolumeError) else (

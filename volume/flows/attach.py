@@ -18,8 +18,10 @@ from sqlalchemy.orm import Session
 from volume import errors
 from volume import journal
 from volume import model
+from volume import vault
 from volume.db import models
 from volume.drivers import base
+from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.exports.base import Source
 from volume.flows import rows
@@ -27,16 +29,19 @@ from volume.journal import Effect
 from volume.journal import Job
 from volume.verbs import access
 from volume.verbs import checks
-from volume.verbs.attachments import SECRET_KEYS
+from volume.verbs.credentials import SECRET_KEYS
 
 
 def export(job: Job) -> Effect:
     attachment_id = job.args['attachment_id']
     connector: Mapping[str, Any] = job.args['connector']
     mode = job.args['mode']
-    connection = _export(job, connector, mode)
+    secrets = _make_secrets(job)
+    connection = _export(job, connector, mode, secrets)
     info = _info(connection, job.volume().id, attachment_id, mode)
+    sealed = _seal(job, attachment_id, secrets, connection)
     job.answer['connection'] = info
+    job.answer['credentials'] = dict(connection.credentials)
     # In memory alone: what is stored below never has them.
     job.answer['secrets'] = dict(connection.secrets)
     row, node = job.volume_row(), _node(job)
@@ -49,7 +54,8 @@ def export(job: Job) -> Effect:
                 project_id=row.project_id, backend=row.backend,
                 status='attaching', host=connector['host'],
                 connector=dict(connector), connection=info, node=node,
-                is_connected=True, mode=mode, created_at=job.db.clock(),
+                is_connected=True, mode=mode, credentials=sealed,
+                created_at=job.db.clock(),
             ))
             return
         session.execute(
@@ -57,6 +63,7 @@ def export(job: Job) -> Effect:
             .values(
                 host=connector['host'], connector=dict(connector),
                 connection=info, is_connected=True, mode=mode, node=node,
+                credentials=sealed,
             )
             .execution_options(synchronize_session=False)
         )
@@ -112,7 +119,7 @@ def disconnect(job: Job) -> Effect:
         if keep:
             session.execute(
                 sql_update(table).where(table.id.in_(keep))
-                .values(connection={}, is_connected=False)
+                .values(connection={}, is_connected=False, credentials=None)
                 .execution_options(synchronize_session=False)
             )
         if remove:
@@ -199,11 +206,12 @@ def _export_many(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, errors.VolumeError]]:
     """Return connections by attachment, and errors by volume."""
     driver, exporter = job.backend.need(), _exporter(job)
-    sources = []
+    exports = []
     volume_of = {each[0]: each[3] for each in wanted}
     modes = {each[0]: each[2] for each in wanted}
     failures: dict[str, errors.VolumeError] = {}
     troubles: dict[str, errors.VolumeError] = {}
+    known = _known_secrets(job, exporter, list(volume_of))
     with job.backend.guard('export'):
         for attachment_id, connector, mode, volume_id in wanted:
             host, access = checks.host_of(connector), model.Access(mode)
@@ -211,6 +219,9 @@ def _export_many(
             try:
                 if volume.pool in troubles:
                     raise troubles[volume.pool]
+                secrets = known.get(attachment_id, {})
+                if isinstance(secrets, errors.VolumeError):
+                    raise secrets
                 source = _device(job, driver, exporter, access, volume)
             except errors.VolumeError as failed:
                 failures[volume_id] = failed
@@ -218,8 +229,11 @@ def _export_many(
                     # It would be the pool's next volume's as well.
                     troubles[volume.pool] = failed
             else:
-                sources.append((attachment_id, source, host, access))
-        found = exporter.export_many(sources) if sources else {}
+                exports.append(Export(
+                    attachment_id, volume_id, source, host, access,
+                    volume.size_bytes, secrets,
+                ))
+        found = exporter.export_many(exports) if exports else {}
     renewed = {}
     for attachment_id, connection in found.items():
         volume_id = volume_of[attachment_id]
@@ -240,7 +254,8 @@ def _node(job: Job) -> str:
 
 
 def _export(
-    job: Job, connector: Mapping[str, Any], mode: str
+    job: Job, connector: Mapping[str, Any], mode: str,
+    secrets: Mapping[str, str],
 ) -> model.Connection:
     driver = job.backend.need()
     volume, host = job.volume(), checks.host_of(connector)
@@ -249,10 +264,64 @@ def _export(
         if isinstance(driver, base.NativeAccess):
             return driver.grant(volume, host, access)
         exporter = _exporter(job)
-        return exporter.export(
-            job.args['attachment_id'],
+        return exporter.export(Export(
+            job.args['attachment_id'], volume.id,
             _device(job, driver, exporter, access, volume), host, access,
-        )
+            volume.size_bytes, secrets,
+        ))
+
+
+def _make_secrets(job: Job) -> dict[str, str]:
+    """Return new secrets for an attachment, if its exporter wants any.
+
+    A step that is repeated makes others: nobody was told the first ones.
+    """
+    wants = job.backend.exporter.wants if job.backend.exporter else ()
+    if wants:
+        _vault(job).check()  # before anything was done that needs it
+    return {name: vault.new_secret() for name in wants}
+
+
+def _seal(
+    job: Job, attachment_id: str, secrets: Mapping[str, str],
+    connection: model.Connection,
+) -> str | None:
+    """Return what is stored: what the exporter and the host were told."""
+    if not secrets and not connection.credentials:
+        return None
+    return _vault(job).seal(attachment_id, {
+        **{f'exporter:{name}': text for name, text in secrets.items()},
+        **connection.credentials,
+    })
+
+
+def _known_secrets(
+    job: Job, exporter: Exporter, attachment_ids: list[str]
+) -> dict[str, dict[str, str] | errors.VolumeError]:
+    """Return the secrets that attachments have, or why they cannot be had."""
+    found: dict[str, dict[str, str] | errors.VolumeError] = {}
+    if not exporter.wants:
+        return found
+    table = models.Attachment
+    sealed = job.db.read(lambda s: s.execute(
+        select(table.id, table.credentials)
+        .where(table.id.in_(attachment_ids))
+    ).all())
+    for attachment_id, text in sealed:
+        try:
+            opened = _vault(job).open(attachment_id, text or '')
+        except errors.VolumeError as failed:
+            found[attachment_id] = failed
+        else:
+            found[attachment_id] = {
+                name: opened[f'exporter:{name}'] for name in exporter.wants
+                if f'exporter:{name}' in opened
+            }
+    return found
+
+
+def _vault(job: Job) -> vault.Vault:
+    return vault.Vault(job.settings.secrets_key_file)
 
 
 def _info(

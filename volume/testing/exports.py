@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol
 from volume import errors
 from volume import ids
 from volume import model
+from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.exports.base import Source
 from volume.testing import workbench
@@ -38,17 +39,13 @@ class ExporterSuite(workbench.Case):
 
     size_bytes: ClassVar[int] = model.MIB
     host: ClassVar[model.Host] = model.Host(
-        'one.example', ('127.0.0.1',), 'iqn.2024-01.example:one'
+        'one.example', ('127.0.0.1',), 'iqn.2024-01.example:one',
+        'nqn.2014-08.org.nvmexpress:uuid:1d3c9fb5-9b42-4a2e-8d8b-0f6a4e0c7a11',
     )
     other_host: ClassVar[model.Host] = model.Host(
-        'two.example', ('127.0.0.2',), 'iqn.2024-01.example:two'
+        'two.example', ('127.0.0.2',), 'iqn.2024-01.example:two',
+        'nqn.2014-08.org.nvmexpress:uuid:2e4dafc6-ac53-4b3f-9e9c-1a7b5f1d8b22',
     )
-
-    refuses_writes: ClassVar[bool] = True
-    """Whether a read-only connection cannot be written through."""
-
-    ends_sessions: ClassVar[bool] = True
-    """Whether ``unexport`` ends sessions; if not, it is Busy."""
 
     def make_exporter(self) -> Exporter:
         """Return an exporter that was not checked yet.
@@ -69,6 +66,8 @@ class ExporterSuite(workbench.Case):
         super().setUp()
         self.exporter = self.make_exporter()
         self.exporter.check()
+        self._volume_ids: dict[str, str] = {}
+        self._secrets: dict[str, dict[str, str]] = {}
         self.image = pattern(1, self.size_bytes)
         self.source = self.make_source(self.image)
         self.before = self.exporter.exported()
@@ -83,14 +82,37 @@ class ExporterSuite(workbench.Case):
         self.addCleanup(lambda: self.exporter.unexport(attachment_id))
         return attachment_id
 
+    def wanted(
+        self,
+        attachment_id: str,
+        source: Source | None = None,
+        access: model.Access = model.Access.WRITE,
+        host: model.Host | None = None,
+    ) -> Export:
+        """Return what is to be exported; its secrets are the attachment's.
+
+        Each source is a volume of its own, with an id for the test.
+        """
+        source = source or self.source
+        secrets = self._secrets.setdefault(attachment_id, {
+            name: ids.new().replace('-', '')[:16]
+            for name in self.exporter.wants
+        })
+        return Export(
+            attachment_id,
+            self._volume_ids.setdefault(repr(source), ids.new()),
+            source, host or self.host, access, self.size_bytes, secrets,
+        )
+
     def export(
         self,
         attachment_id: str,
         source: Source | None = None,
         access: model.Access = model.Access.WRITE,
+        host: model.Host | None = None,
     ) -> model.Connection:
         return self.exporter.export(
-            attachment_id, source or self.source, self.host, access
+            self.wanted(attachment_id, source, access, host)
         )
 
     @contextlib.contextmanager
@@ -131,7 +153,7 @@ class ExporterSuite(workbench.Case):
         self.assertEqual(wanted, self.read(connection))
 
     def test_read_only_connection_cannot_be_written_through(self) -> None:
-        if not self.refuses_writes:
+        if not self.exporter.abilities.read_only:
             self.skipTest('the exporter cannot refuse writes')
         connection = self.export(
             self.attachment(), access=model.Access.READ
@@ -186,7 +208,7 @@ class ExporterSuite(workbench.Case):
         self.assertEqual({two}, {one, two} & self.exporter.exported())
 
     def test_connection_reads_no_more_after_its_end(self) -> None:
-        if not self.ends_sessions:
+        if not self.exporter.abilities.ends_sessions:
             self.skipTest('the host reaches the volume without the exporter')
         attachment_id = self.attachment()
         connection = self.export(attachment_id)
@@ -197,7 +219,7 @@ class ExporterSuite(workbench.Case):
         attachment_id = self.attachment()
         with self.session(self.export(attachment_id)) as session:
             self.assertEqual(self.image[:512], session.read(0, 512))
-            if self.ends_sessions:
+            if self.exporter.abilities.ends_sessions:
                 self.exporter.unexport(attachment_id)
                 with self.assertRaises(Exception):  # noqa: B017
                     session.read(0, 512)
@@ -209,14 +231,12 @@ class ExporterSuite(workbench.Case):
     def test_end_of_one_attachment_leaves_the_other_s_access(self) -> None:
         one, two = self.attachment(), self.attachment()
         first = self.export(one)
-        second = self.exporter.export(
-            two, self.source, self.other_host, model.Access.WRITE
-        )
+        second = self.export(two, host=self.other_host)
         with self.session(second) as session:
             self.exporter.unexport(one)
             self.assertEqual(self.image[:512], session.read(0, 512))
         self.assertEqual(self.image, self.read(second))
-        if self.ends_sessions:
+        if self.exporter.abilities.ends_sessions:
             self.assert_closed(first)
 
     def test_volume_can_be_exported_again_after_the_end(self) -> None:

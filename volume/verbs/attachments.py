@@ -28,6 +28,7 @@ from volume.db import leases
 from volume.db import models
 from volume.verbs import access
 from volume.verbs import checks
+from volume.verbs import credentials
 from volume.verbs import jobs
 from volume.verbs import rows
 
@@ -36,7 +37,6 @@ CONNECTED = CONNECTABLE | {
     'detaching', 'error', 'error_attaching', 'error_detaching', 'maintenance',
 }
 LETS_IN = frozenset({'attach', 'restore'})  # kinds of jobs
-SECRET_KEYS = 'secret_keys'  # which fields of a connection are not stored
 # What the rows of hosts say of a volume; nothing else may have to be undone.
 DETACHABLE = frozenset({
     'available', 'reserved', 'attaching', 'in-use', 'detaching',
@@ -102,8 +102,9 @@ def connect(
 ) -> dict[str, Any]:
     """Let a host in, and return its connection_info when that is done.
 
-    Repeated for the same host, it is the same answer. Secrets are not
-    stored: who is to have them gets them from the storage each time.
+    Repeated for the same host, it is the same answer, with the credentials
+    of this attachment. Secrets of the storage are not stored: who is to
+    have them gets them from it each time.
 
     :raises Invalid: the volume's status forbids it, or another host has it
     :raises Unavailable: the storage does not answer
@@ -121,7 +122,7 @@ def connect(
                 f'attachment {attachment_id} could not be found'
             )
         if mine is not None and mine.is_connected and not (
-            with_secrets and _secret_keys(mine.connection)
+            with_secrets and credentials.secret_keys(mine.connection)
         ):
             return None, row, mine
         access.need_room(row, there, mine)
@@ -150,32 +151,21 @@ def connect(
     job, row, mine = core.when_free(lambda: core.db.write(accept))
     if job is None:
         assert mine is not None
-        return dict(mine.connection)
+        return credentials.told(
+            mine.connection, credentials.of(core, mine)
+        )
     core.hint(job, row, mine)
     ended = _wait(core, job)
     answer: dict[str, Any] | None = ended.answer.get('connection')
+    proofs: Mapping[str, str] = ended.answer.get('credentials', {})
     if answer is None:  # another process ran the job
         made = core.db.read(lambda session: session.get(
             models.Attachment, job.args['attachment_id']
         ))
         answer = dict(made.connection) if made else {}
-    return _with_secrets(answer, ended) if with_secrets else answer
-
-
-def _with_secrets(answer: dict[str, Any], ended: Ended) -> dict[str, Any]:
-    names = _secret_keys(answer)
-    secrets = ended.answer.get('secrets', {})
-    if missing := [name for name in names if name not in secrets]:
-        raise errors.Unavailable(
-            f'the connection needs {", ".join(missing)}, which is never '
-            'stored, and another service made it: ask that one by its name'
-        )
-    return {**answer, 'data': {**answer.get('data', {}), **secrets}}
-
-
-def _secret_keys(connection: Mapping[str, Any]) -> list[str]:
-    found = (connection.get('data') or {}).get(SECRET_KEYS, ())
-    return [str(name) for name in found]
+        proofs = credentials.of(core, made) if made else {}
+    answer = credentials.told(answer, proofs)
+    return credentials.secret(answer, ended) if with_secrets else answer
 
 
 def disconnect(

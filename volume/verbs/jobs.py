@@ -15,7 +15,7 @@ from volume.verbs import rows
 
 CANCELLABLE = frozenset({
     'create', 'create_filled', 'upload', 'flatten', 'snapshot', 'adopt',
-    'attach', 'restore',
+    'attach', 'restore', 'delete', 'delete_snapshot',
 })
 
 

@@ -15,6 +15,7 @@ from volume.api.call import Reply
 from volume.api.fields import Fields
 from volume.db import models
 from volume.verbs import attachments
+from volume.verbs import credentials
 from volume.verbs import lookup
 
 MODE_SINCE = 54
@@ -41,13 +42,15 @@ def create(call: Call) -> Reply:
         call.core, call.caller, volume_id, fields.id('instance_uuid'),
         connector, mode or 'rw',
     )
-    return Reply(200, {'attachment': views.attachment(row)})
+    return _connected(call, row)
 
 
 def show(call: Call) -> Reply:
     row = lookup.attachment(
         call.core, call.caller, call.id('attachment_id')
     )
+    if call.is_trusted:
+        return _connected(call, row)
     return Reply(200, {'attachment': views.attachment(row)})
 
 
@@ -65,7 +68,7 @@ def update(call: Call) -> Reply:
     row = attachments.update(
         call.core, call.caller, call.id('attachment_id'), connector
     )
-    return Reply(200, {'attachment': views.attachment(row)})
+    return _connected(call, row)
 
 
 def delete(call: Call) -> Reply:
@@ -98,6 +101,13 @@ def need_service(call: Call, ending: Iterable[models.Attachment]) -> None:
                 f'attachment {row.id} is used by instance '
                 f'{row.instance_uuid}; detach it there'
             )
+
+
+def _connected(call: Call, row: models.Attachment) -> Reply:
+    """Answer who connects, or a service: with the host's credentials."""
+    return Reply(200, {'attachment': views.attachment(
+        row, credentials.of(call.core, row)
+    )})
 
 
 def _complete(call: Call, info: Fields) -> None:

@@ -1,0 +1,106 @@
+# Shared by the lab's scripts (build, up, run, reset, down, check); sourced,
+# not run.
+#
+# Every setting can be given in the environment:
+#   LAB_DIR           where the image and the state of the running lab live
+#   LAB_STATE         where the state lives, if elsewhere: so several guests
+#                     may run at a time, each with its own, from one image
+#   LAB_SUITE         Debian release of the guest
+#   LAB_ROOT_SIZE     virtual size of the guest's root disk (the file is sparse)
+#   LAB_MEM           guest memory in MiB
+#   LAB_CPUS          guest processors (each is one host thread under TCG)
+#   LAB_ACCEL         QEMU accelerator; "kvm" where the host really has one
+#   LAB_CPU           CPU model. The plain one boots twice as fast under TCG as
+#                     "max" (vector code is slow to emulate); take Nehalem if a
+#                     wheel asks for x86-64-v2
+#   LAB_DISKS         number of empty scratch disks (/dev/disk/by-id/virtio-labN)
+#   LAB_DISK_SIZE     virtual size of each scratch disk (the files are sparse)
+#   LAB_SSH_PORT      port on 127.0.0.1 that leads to the guest's sshd;
+#                     "auto" takes a free one
+#   LAB_CHECKOUT      host folder that the guest sees under the same path
+#   LAB_BOOT_TIMEOUT  seconds that `up` and `reset` wait for the guest's sshd
+#   LAB_APPEND        more words for the kernel's command line, for example
+#                     nvme_core.multipath=Y (the last one of a name counts)
+
+LAB_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+LAB_DIR=${LAB_DIR:-$HOME/.cache/volume-lab}
+LAB_SUITE=${LAB_SUITE:-bookworm}
+LAB_ROOT_SIZE=${LAB_ROOT_SIZE:-6G}
+LAB_MEM=${LAB_MEM:-3072}
+LAB_CPUS=${LAB_CPUS:-2}
+LAB_ACCEL=${LAB_ACCEL:-tcg,thread=multi,tb-size=512}
+LAB_CPU=${LAB_CPU:-qemu64}
+LAB_DISKS=${LAB_DISKS:-4}
+LAB_DISK_SIZE=${LAB_DISK_SIZE:-4G}
+LAB_SSH_PORT=${LAB_SSH_PORT:-auto}
+LAB_BOOT_TIMEOUT=${LAB_BOOT_TIMEOUT:-180}
+
+IMAGE_DIR=$LAB_DIR/image    # what `build` makes; read-only afterwards
+# What `up` makes and `down` removes; with `up --keep`, the disks stay.
+STATE_DIR=${LAB_STATE:-$LAB_DIR/state}
+
+say() { printf 'lab: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# True when the process recorded in the pid file $1 is still alive.
+alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+
+# ssh into the running guest. The master connection that `up` opens saves the
+# key exchange on each later call. The guest's key was read out of its image,
+# so it is known before the first connection.
+lab_ssh() {
+    ssh -q -F none -i "$IMAGE_DIR/id_ed25519" -p "$(cat "$STATE_DIR/ssh-port")" \
+        -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes \
+        -o UserKnownHostsFile="$STATE_DIR/known_hosts" \
+        -o GlobalKnownHostsFile=/dev/null -o ConnectTimeout=5 \
+        -o ServerAliveInterval=15 -o ServerAliveCountMax=8 \
+        -o ControlPath="$STATE_DIR/ssh.sock" root@127.0.0.1 "$@"
+}
+
+# Waits until the guest takes commands, then makes ready what a boot does not:
+# one lasting connection that later calls reuse, the shared folder, the time.
+await_guest() {
+    local deadline=$((SECONDS + LAB_BOOT_TIMEOUT)) q
+    until lab_ssh -o ConnectTimeout=3 true 2>/dev/null; do
+        alive "$STATE_DIR/qemu.pid" || { say "the guest ended"; return 1; }
+        [ $SECONDS -lt $deadline ] || { say "no ssh within $LAB_BOOT_TIMEOUT s"; return 1; }
+        sleep 0.3
+    done
+    lab_ssh -M -N -f -o ServerAliveCountMax=40 9>&- </dev/null >/dev/null 2>&1
+    if [ -s "$STATE_DIR/virtiofsd.pid" ]; then
+        q=$(printf %q "$(cat "$STATE_DIR/checkout")")
+        lab_ssh "mkdir -p $q && mount -t virtiofs checkout $q"
+    fi
+    lab_ssh "date -u -s @$(date +%s) >/dev/null"
+}
+
+# Commands of QEMU's monitor (QMP), each answered before the next; a word that
+# is no JSON is the name of an event, which is waited for.
+monitor() {
+    python3 - "$STATE_DIR/qmp.sock" "$@" <<'PYTHON'
+import json
+import socket
+import sys
+
+path, *commands = sys.argv[1:]
+with socket.socket(socket.AF_UNIX) as link:
+    link.settimeout(30)
+    link.connect(path)
+    words = link.makefile('rw')
+    words.readline()
+    heard = set()
+
+    def listen(is_done):
+        while not is_done(answer := json.loads(words.readline())):
+            if 'error' in answer:
+                sys.exit(f'{path}: {answer["error"]}')
+            heard.add(answer.get('event'))
+
+    for command in '{"execute": "qmp_capabilities"}', *commands:
+        if command.startswith('{'):
+            print(command, file=words, flush=True)
+            listen(lambda answer: 'return' in answer)
+        elif command not in heard:
+            listen(lambda answer: answer.get('event') == command)
+PYTHON
+}

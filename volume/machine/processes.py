@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that outlive who started them, known again by their start.
+
+A number alone may be another process's by now; with the boot and the moment
+of its start it never is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import select
+import shutil
+import signal
+from collections.abc import Sequence
+
+from volume import errors
+from volume.commands import ENVIRONMENT
+from volume.commands import meaning
+
+BOOT_ID = '/proc/sys/kernel/random/boot_id'
+KILL_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Process:
+    """A process of a node; ``started`` tells it from others of its number."""
+
+    pid: int
+    started: str
+
+
+def start(argv: Sequence[str], log_path: str) -> Process:
+    """Start it in a session of its own; its output is added to the log.
+
+    It inherits nothing, no lock of ours either.
+
+    :raises Unavailable: it is not installed
+    """
+    program = shutil.which(argv[0], path=ENVIRONMENT['PATH'])
+    if program is None:
+        raise errors.Unavailable(f'{argv[0]} is not installed')
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    try:
+        log = os.open(log_path, flags, 0o600)
+    except OSError as failed:
+        raise meaning(failed, f'open {log_path}') from failed
+    try:
+        # Python's own descriptors close by themselves at exec.
+        pid = os.posix_spawn(
+            program, list(argv), ENVIRONMENT, setsid=True,
+            setsigdef=[signal.SIGPIPE, signal.SIGINT], setsigmask=[],
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, log, 1),
+                (os.POSIX_SPAWN_DUP2, log, 2),
+            ],
+        )
+    except OSError as failed:
+        raise meaning(failed, f'start {argv[0]}') from failed
+    finally:
+        os.close(log)
+    # A child that ended already is a zombie, and still has its start.
+    return Process(pid, _started(pid))
+
+
+def is_running(process: Process) -> bool:
+    """Say whether this very process runs."""
+    # One of our own that has ended is let go of; another's is not ours.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process.pid, os.WNOHANG)
+    try:
+        return (
+            _started(process.pid) == process.started
+            and _state(process.pid) not in 'ZX'
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def end(process: Process, timeout_s: float) -> None:
+    """Ask it to end, and kill it if it has not in that time.
+
+    :raises Unavailable: it does not end, or may not be ended from here
+    """
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        # The number is its own for as long as the descriptor is open.
+        if not is_running(process):
+            return
+        for number, wait_s in (
+            (signal.SIGTERM, timeout_s), (signal.SIGKILL, KILL_S),
+        ):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+            if select.select([fd], [], [], wait_s)[0]:
+                is_running(process)
+                return
+    except PermissionError as failed:
+        raise errors.Unavailable(
+            f'process {process.pid} is another user\'s: end it yourself'
+        ) from failed
+    finally:
+        os.close(fd)
+    raise errors.Unavailable(
+        f'process {process.pid} does not end: it hangs in the kernel, '
+        'perhaps in its storage'
+    )
+
+
+def _started(pid: int) -> str:
+    with open(BOOT_ID, encoding='ascii') as f:
+        return f'{f.read().strip()} {_fields(pid)[19]}'
+
+
+def _state(pid: int) -> str:
+    return _fields(pid)[0]
+
+
+def _fields(pid: int) -> list[str]:
+    with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as f:
+        # Its name may have anything in it, up to the last bracket.
+        return f.read().rpartition(')')[2].split()
