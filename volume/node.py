@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
-import errno
-import fcntl
 import io
 import logging
 import os
 import shlex
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TYPE_CHECKING, TypeVar
+from typing import Any, Concatenate, ParamSpec, TYPE_CHECKING, TypeVar
 
 from volume import commands
 from volume import concurrency
@@ -33,6 +29,17 @@ from volume.commands import ENVIRONMENT as ENVIRONMENT
 from volume.commands import Limits as Limits
 from volume.commands import mask as mask
 from volume.commands import meaning as meaning
+from volume.machine import names
+from volume.machine import ops
+from volume.machine import processes
+from volume.machine import qemulocks
+from volume.machine import talk
+from volume.machine.names import About as About
+from volume.machine.names import Space as Space
+from volume.machine.opened import Opened
+from volume.machine.ops import Op as Op
+from volume.machine.processes import Process as Process
+from volume.machine.talk import ReplyLength as ReplyLength
 
 if TYPE_CHECKING:
     from volume.blockd import Blockd
@@ -40,22 +47,11 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 T = TypeVar('T')
-
-FICLONE = 0x40049409  # linux/fs.h
-BEGIN_WRITE = 2  # of sync_file_range
+P = ParamSpec('P')
 
 _held: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar(
     'held', default=()
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Space:
-    """A file system's capacity; ``device`` is the same for the same one."""
-
-    total_bytes: int
-    free_bytes: int
-    device: str
 
 
 class Node:
@@ -124,64 +120,47 @@ class Node:
     def open(self, path: str, mode: str = 'rb') -> File:
         """Open a file unbuffered; each write of it is an act of its own."""
         return self._file_act(
-            'open', path, lambda: File(self, path, io.FileIO(path, mode))
+            'open', path, lambda: File(self, path, Opened(path, mode))
         )
+
+    def about(self, path: str) -> About | None:
+        """Return what bears the name, a link as one; None if nothing does."""
+        return self._by_name(names.about, path)
 
     def exists(self, path: str) -> bool:
         """Say whether the name is there; a dangling link is."""
-        return self._file_act('exists', path, lambda: _mode(path) is not None)
+        return self._by_name(names.exists, path)
 
     def is_file(self, path: str) -> bool:
         """Say whether the name is a plain file, and not a link to one."""
-        return self._file_act(
-            'is_file', path, lambda: stat.S_ISREG(_mode(path) or 0)
-        )
+        return self._by_name(names.is_file, path)
+
+    def is_block(self, path: str) -> bool:
+        """Say whether the name is a block device, or a link to one."""
+        return self._by_name(names.is_block, path)
 
     def size(self, path: str) -> int:
-        """Return the size of the file in bytes.
+        """Return the size of the file or block device in bytes.
 
         :raises NotFound: there is none
         """
-        return self._file_act('size', path, lambda: os.stat(path).st_size)
+        return self._by_name(names.size, path)
 
     def allocated_bytes(self, path: str) -> int:
         """Return how much of the file is stored; zero if it is gone."""
-        try:
-            return self._file_act(
-                'allocated', path, lambda: os.stat(path).st_blocks * 512
-            )
-        except errors.NotFound:
-            return 0
+        return self._by_name(names.allocated, path)
 
     def space(self, path: str) -> Space:
         """Return the capacity of the file system that holds a path."""
-
-        def ask() -> Space:
-            fs = os.statvfs(path)
-            return Space(
-                fs.f_blocks * fs.f_frsize,
-                fs.f_bavail * fs.f_frsize,
-                f'fs:{os.stat(path).st_dev:x}',
-            )
-
-        return self._file_act('space', path, ask)
+        return self._by_name(names.space, path)
 
     def list(self, path: str) -> list[str]:
         """Return the names in a directory, sorted."""
-        return self._file_act('list', path, lambda: sorted(os.listdir(path)))
+        return self._by_name(names.names, path)
 
     def make_directory(self, path: str) -> None:
         """Make a directory for this user alone, durably; its parents too."""
-
-        def make() -> None:
-            made = [path]
-            while made[-1] and not os.path.isdir(made[-1]):
-                made.append(os.path.dirname(made[-1]))
-            os.makedirs(path, 0o700, exist_ok=True)
-            for name in made[:-1]:
-                _sync_directory(name)
-
-        self._file_act('mkdir', path, make)
+        self._by_name(names.mkdir, path)
 
     def read(self, path: str, bytes_max: int = 1 << 20) -> bytes:
         """Return a small file's bytes.
@@ -189,108 +168,146 @@ class Node:
         :raises NotFound: there is none
         :raises Invalid: it is larger than ``bytes_max``
         """
-
-        def ask() -> bytes:
-            with open(path, 'rb') as f:
-                data = f.read(bytes_max + 1)
-            if len(data) > bytes_max:
-                raise errors.Invalid(f'{path} is over {bytes_max} bytes')
-            return data
-
-        return self._file_act('read', path, ask)
+        return self._by_name(names.read, path, bytes_max)
 
     def write(self, path: str, data: bytes) -> None:
         """Put a small file there, whole or not at all, durably."""
-        draft = f'{path}.new'
-
-        def put() -> None:
-            with open(draft, 'wb') as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(draft, path)
-            _sync_directory(path)
-
-        self._file_act('write', path, put)
+        self._by_name(names.write, path, data)
 
     def rename(self, source: str, target: str) -> None:
         """Give a file another name, durably; an existing target is replaced.
 
         Never for a file that a daemon has open (a test holds us to that).
         """
+        self._by_name(names.rename, target, source)
 
-        def move() -> None:
-            os.replace(source, target)
-            _sync_directory(target)
-            if os.path.dirname(source) != os.path.dirname(target):
-                _sync_directory(source)
-
-        self._file_act('rename', target, move)
+    def link(self, draft: str, path: str) -> None:
+        """Give a draft another name, unless something has it already."""
+        self._by_name(names.link, path, draft)
 
     def unlink(self, path: str) -> None:
         """Remove a file or link, durably; return at once if it is gone."""
-
-        def remove() -> None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            _sync_directory(path)
-
-        self._file_act('unlink', path, remove)
+        self._by_name(names.unlink, path)
 
     def readlink(self, path: str) -> str:
         """Return what a link points to.
 
         :raises NotFound: there is no link
         """
-        return self._file_act('readlink', path, lambda: os.readlink(path))
+        return self._by_name(names.readlink, path)
 
     def point(self, path: str, target: str) -> None:
         """Make ``path`` a link to ``target``, replacing it in one step."""
-        draft = f'{path}.new'
-
-        def switch() -> None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(draft)
-            os.symlink(target, draft)
-            os.replace(draft, path)
-            _sync_directory(path)
-
-        self._file_act('point', path, switch)
+        self._by_name(names.point, path, target)
 
     def clone_file(self, source: str, target: str) -> None:
         """Make ``target`` share the bytes of ``source`` (reflink), durably.
 
         :raises Unsupported: the file system cannot
         """
+        self._by_name(names.clone, target, source)
 
-        def clone() -> None:
-            with open(source, 'rb') as s, open(target, 'wb') as t:
-                try:
-                    fcntl.ioctl(t.fileno(), FICLONE, s.fileno())
-                except OSError as failed:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(target)
-                    if failed.errno in (
-                        errno.EINVAL, errno.ENOTTY, errno.EXDEV,
-                        errno.EOPNOTSUPP,
-                    ):
-                        raise errors.Unsupported(
-                            f'{os.path.dirname(target)} has no reflink'
-                        ) from failed
-                    raise
-                os.fsync(t.fileno())
+    def is_open_in_qemu(self, path: str) -> bool:
+        """Say whether a QEMU has the file open; one that is gone nobody has.
+        """
+        return self._by_name(qemulocks.probe, path)
 
-        self._file_act('clone', target, clone)
+    def _by_name(
+        self,
+        function: Callable[Concatenate[str, P], T],
+        path: str,
+        *args: P.args,
+        **options: P.kwargs,
+    ) -> T:
+        return self._file_act(
+            function.__name__, path,
+            lambda: function(path, *args, **options),
+        )
 
     def _file_act(self, verb: str, path: str, effect: Callable[[], T]) -> T:
+        return self.act(
+            f'{verb} {os.path.basename(path)}',
+            lambda: self._file_look(verb, path, effect),
+        )
+
+    def _file_look(self, verb: str, path: str, effect: Callable[[], T]) -> T:
+        """As an act, for what nothing depends on if it fails."""
+
         def mapped() -> T:
             try:
                 return effect()
             except OSError as failed:
                 raise meaning(failed, f'{verb} {path}') from failed
 
+        return self.blocking(mapped)
+
+    # The kernel's settings, daemons and lasting processes.
+
+    def configure(self, wanted: Sequence[Op]) -> Sequence[ops.Result]:
+        """Do small operations on configfs or sysfs, in order.
+
+        Return what each has found: a text or None for ``get``, names or
+        None for ``list``, a truth for ``exists``, else None. The first that
+        fails ends it, and is named in the error; those before it are done.
+        What is put into a file stands in no message.
+        """
+        return [self._configure(op) for op in wanted]
+
+    def _configure(self, op: Op) -> ops.Result:
         return self.act(
-            f'{verb} {os.path.basename(path)}', lambda: self.blocking(mapped)
+            f'{op.verb} {os.path.basename(op.path)}',
+            lambda: self.blocking(lambda: ops.run(op)),
+        )
+
+    def talk(
+        self,
+        socket_path: str,
+        request: bytes,
+        timeout_s: float = 30.0,
+        reply_bytes_max: int = 1 << 20,
+        length: ReplyLength | None = None,
+    ) -> bytes:
+        """Have one exchange with a daemon; return its reply.
+
+        The reply ends where ``length`` finds that it says so; without one,
+        where the daemon hangs up.
+
+        :raises Unavailable: nobody listens there; nothing happened
+        :raises Unknown: it was sent, and the reply is not whole
+        """
+        return self.act(
+            f'talk {os.path.basename(socket_path)}',
+            lambda: talk.exchange(
+                socket_path, request, timeout_s, reply_bytes_max, length
+            ),
+        )
+
+    def start(self, argv: Sequence[str], log_path: str) -> Process:
+        """Start a process that outlives us, in a session of its own.
+
+        It inherits nothing, no lock either; what it prints is added to the
+        log.
+
+        :raises Unavailable: it is not installed
+        """
+        return self.act(
+            f'start {os.path.basename(argv[0])}',
+            lambda: self.blocking(lambda: processes.start(argv, log_path)),
+        )
+
+    def is_running(self, process: Process) -> bool:
+        """Say whether this very process runs, and no other of its number."""
+        return self.act(
+            f'look at {process.pid}', lambda: processes.is_running(process)
+        )
+
+    def end(self, process: Process, timeout_s: float = 10.0) -> None:
+        """Ask a process to end, and kill it if it has not in that time.
+
+        :raises Unavailable: it does not end, or may not be ended from here
+        """
+        self.act(
+            f'end {process.pid}', lambda: processes.end(process, timeout_s)
         )
 
     # Locks.
@@ -327,78 +344,117 @@ class Node:
 
 
 class File(io.RawIOBase):
-    """A file of the node, unbuffered; writes and syncs are acts."""
+    """A file or block device of the node, unbuffered.
 
-    def __init__(self, node: Node, path: str, raw: io.FileIO) -> None:
+    What changes it is an act; it is used by a position, or by offsets.
+    """
+
+    def __init__(self, node: Node, path: str, opened: Opened) -> None:
         self._node = node
         self._path = path
-        self._raw = raw
+        self._opened = opened
+        self._position = 0
 
     def fileno(self) -> int:
-        return self._raw.fileno()
+        """Return the descriptor, which is there on this machine alone."""
+        return self._opened.fileno()
 
     def readable(self) -> bool:
-        return self._raw.readable()
+        return self._opened.readable
 
     def writable(self) -> bool:
-        return self._raw.writable()
+        return self._opened.writable
 
     def seekable(self) -> bool:
         return True
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return self._raw.seek(offset, whence)
+    @property
+    def size_bytes(self) -> int:
+        """How large the file or block device is now."""
+        return self._look('size', self._opened.size)
 
-    def readinto(self, buffer: Any, /) -> int | None:
-        try:
-            return self._node.blocking(lambda: self._raw.readinto(buffer))
-        except OSError as failed:
-            raise meaning(failed, f'read {self._path}') from failed
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
+        if start is None:
+            start = self.size_bytes
+        if start + offset < 0:
+            raise errors.Invalid(f'cannot seek to {offset} in {self._path}')
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = self.pread_into(buffer, self._position)
+        self._position += count
+        return count
 
     def pread_into(self, buffer: Any, offset_bytes: int) -> int:
-        """Read from an offset, and leave the position where it is."""
-        return self._node.blocking(
-            lambda: os.preadv(self._raw.fileno(), [buffer], offset_bytes)
+        """Read from an offset, and leave the position where it is.
+
+        What one call of the kernel brings; nothing at the end.
+        """
+        return self._look(
+            'read', lambda: self._opened.pread_into(buffer, offset_bytes)
         )
 
     def write(self, data: Any, /) -> int:
-        def put() -> int:
-            left = memoryview(data).cast('B')
-            total = len(left)
-            while left:
-                left = left[self._raw.write(left) or 0:]
-            return total
+        count = self.pwrite(data, self._position)
+        self._position += count
+        return count
 
-        return self._act('write', put)
+    def pwrite(self, data: Any, offset_bytes: int) -> int:
+        """Write all of it at an offset; the position stays where it is."""
+        return self._act(
+            'write', lambda: self._opened.pwrite(data, offset_bytes)
+        )
 
     def truncate(self, size: int | None = None, /) -> int:
-        return self._act('truncate', lambda: self._raw.truncate(size))
+        size_bytes = self._position if size is None else size
+        self._act('truncate', lambda: self._opened.truncate(size_bytes))
+        return size_bytes
 
     def punch(self, offset_bytes: int, length_bytes: int) -> None:
-        """Make a run read as zeros, and free what it stored if possible."""
+        """Make a run read as zeros, and free what it stored."""
+        self._act(
+            'punch', lambda: self._opened.punch(offset_bytes, length_bytes)
+        )
 
-        def hole() -> None:
-            # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE; Python has no
-            # wrapper, and ctypes' libc call is what util-linux does as well.
-            _fallocate(self.fileno(), 0x01 | 0x02, offset_bytes, length_bytes)
+    def zero_out(
+        self, offset_bytes: int, length_bytes: int, may_free: bool = False
+    ) -> None:
+        """Make a run read as zeros, by the quickest way that there is.
 
-        self._act('punch', hole)
+        With ``may_free`` what it stored may be given back; without, it
+        stays allocated where the storage allows it.
+        """
+        self._act('zero', lambda: self._opened.zero_out(
+            offset_bytes, length_bytes, may_free
+        ))
+
+    def find(self, offset_bytes: int, is_data: bool) -> int:
+        """Return where the next data (or the next hole) begins, or the size.
+        """
+        return self._look(
+            'find', lambda: self._opened.find(offset_bytes, is_data)
+        )
 
     def begin_sync(self) -> None:
         """Have it begin to store what was written; wait for nothing."""
         # Waits for nothing, so a write that fails is told by ``sync`` alone.
-        self._node.blocking(lambda: _begin_sync(self._raw.fileno()))
+        self._look('begin to sync', self._opened.begin_sync)
 
     def sync(self) -> None:
         """Make everything written so far durable."""
-        self._act('sync', lambda: os.fsync(self.fileno()))
+        self._act('sync', self._opened.sync)
 
     def close(self) -> None:
-        self._raw.close()
+        self._opened.close()
         super().close()
 
     def _act(self, verb: str, effect: Callable[[], T]) -> T:
         return self._node._file_act(verb, self._path, effect)
+
+    def _look(self, verb: str, effect: Callable[[], T]) -> T:
+        return self._node._file_look(verb, self._path, effect)
 
 
 class Reading(io.FileIO):
@@ -407,44 +463,3 @@ class Reading(io.FileIO):
     def readinto(self, buffer: Any, /) -> int | None:
         read = super().readinto
         return concurrency.blocking(lambda: read(buffer))
-
-
-def _mode(path: str) -> int | None:
-    """Return the mode of what bears the name; ``None`` if nothing does.
-
-    Not by os.path.lexists: it takes any failure for absence, and "gone" is
-    never guessed.
-    """
-    try:
-        return os.lstat(path).st_mode
-    except FileNotFoundError:
-        return None
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(os.path.dirname(path) or '.', os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    result = libc.fallocate(
-        ctypes.c_int(fd), ctypes.c_int(mode),
-        ctypes.c_int64(offset), ctypes.c_int64(length),
-    )
-    if result:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-def _begin_sync(fd: int) -> None:
-    import ctypes
-
-    # A hint: where there is no such call, ``sync`` has more to do.
-    ctypes.CDLL(None).sync_file_range(
-        fd, ctypes.c_int64(0), ctypes.c_int64(0), BEGIN_WRITE)

@@ -19,7 +19,6 @@ any other plain file           foreign: shown by ``scan``, never touched
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -32,7 +31,6 @@ from oslo_config import cfg
 from volume import errors
 from volume import ids
 from volume import model
-from volume import qemulocks
 from volume.drivers import base
 from volume.drivers import generic
 from volume.drivers import marker
@@ -349,7 +347,7 @@ class FileDriver(
             ) from failed
         try:
             with f:
-                self._sweep_probes(path, f.fileno())
+                self._sweep_probes(path, source)
                 f.write(bytes(4096))
             self.node.clone_file(source, clone)
         except errors.Unsupported:
@@ -362,25 +360,20 @@ class FileDriver(
                     self.node.unlink(name)
         return True
 
-    def _sweep_probes(self, path: str, fd: int) -> None:
+    def _sweep_probes(self, path: str, own: str) -> None:
         """Remove what checks that died have left.
 
         Old is what our own probe, which was just made, is a minute younger
         than: no two clocks are compared, and nobody's probe is taken away.
         """
-        names = filter(PROBE.fullmatch, self.node.list(path))
-
-        def old() -> list[str]:
-            oldest = os.fstat(fd).st_mtime - PROBE_OLD_S
-            found = []
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    if os.lstat(os.path.join(path, name)).st_mtime < oldest:
-                        found.append(name)
-            return found
-
-        for name in self.node.act('stat probes', old):
-            self.node.unlink(os.path.join(path, name))
+        ours = self.node.about(own)
+        for name in filter(PROBE.fullmatch, self.node.list(path)):
+            left = os.path.join(path, name)
+            about = self.node.about(left) if left != own else None
+            if ours and about and (
+                about.modified_s < ours.modified_s - PROBE_OLD_S
+            ):
+                self.node.unlink(left)
 
     def _pool(self, path: str) -> model.Pool:
         name = os.path.basename(path)
@@ -446,7 +439,7 @@ class FileDriver(
         # The kernel is quicker to ask than the daemon, which has QEMU's
         # locks on all that is open; and who was told the path may run as
         # any user.
-        if not qemulocks.ask(self.node, path):
+        if not self.node.is_open_in_qemu(path):
             return
         if self.node.blockd and self.node.blockd.is_open(path):
             raise errors.Busy(

@@ -10,7 +10,6 @@ calls what suits its storage, or brings its own.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,14 +22,7 @@ from volume.drivers.base import Reader
 from volume.drivers.base import Writer
 from volume.nbd import NbdClient
 from volume.node import File
-from volume.node import meaning
 from volume.node import Node
-
-ZERO_CHUNK_BYTES = 1 << 20
-
-# What a file or device says that cannot make a hole here: zeros are written
-# instead. (EINVAL: a block device, and a run that is no whole sectors.)
-NO_HOLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -60,7 +52,7 @@ def file_writer(
     :raises Invalid: it is shorter than ``size_bytes``
     """
     with node.open(path, 'rb+') as file:
-        there_bytes = os.lseek(file.fileno(), 0, os.SEEK_END)
+        there_bytes = file.size_bytes
         if there_bytes < size_bytes:
             raise errors.Invalid(
                 f'{path} has {there_bytes} bytes, not {size_bytes}; make it '
@@ -158,8 +150,7 @@ class _FileReader(Reader):
         self._file = file
         self._path = path
         self._position = 0
-        # Not stat: a block device has no size there.
-        self.size_bytes = os.lseek(file.fileno(), 0, os.SEEK_END)
+        self.size_bytes = file.size_bytes
 
     def readable(self) -> bool:
         return True
@@ -178,10 +169,7 @@ class _FileReader(Reader):
         view = view[:max(0, self.size_bytes - self._position)]
         if not view:
             return 0
-        try:
-            count = self._file.pread_into(view, self._position)
-        except OSError as failed:
-            raise meaning(failed, f'read {self._path}') from failed
+        count = self._file.pread_into(view, self._position)
         if not count:
             raise errors.Corrupt(
                 f'{self._path} ended at {self._position} of '
@@ -193,24 +181,17 @@ class _FileReader(Reader):
     def extents(self) -> Iterator[model.Extent]:
         offset = 0
         while offset < self.size_bytes:
-            data = self._find(offset, os.SEEK_DATA)
+            data = self._find(offset, True)
             if data > offset:
                 yield model.Extent(offset, data - offset, True)
             if data >= self.size_bytes:
                 return
-            offset = self._find(data, os.SEEK_HOLE)
+            offset = self._find(data, False)
             if offset > data:
                 yield model.Extent(data, offset - data, False)
 
-    def _find(self, offset: int, what: int) -> int:
-        try:
-            found = os.lseek(self._file.fileno(), offset, what)
-        except OSError as failed:
-            if failed.errno == errno.ENXIO:
-                return self.size_bytes
-            # A file system or device that does not know: all is data.
-            return offset if what == os.SEEK_DATA else self.size_bytes
-        return min(found, self.size_bytes)
+    def _find(self, offset: int, is_data: bool) -> int:
+        return min(self._file.find(offset, is_data), self.size_bytes)
 
 
 class _FileWriter(Writer):
@@ -238,14 +219,16 @@ class _FileWriter(Writer):
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast('B')
         check_run(self._path, self._position, len(view), self.size_bytes)
-        self._try(lambda: self._put(self._position, view))
+        self._try(lambda: self._file.pwrite(view, self._position))
         self._position += len(view)
         return len(view)
 
     def zero(self, offset_bytes: int, length_bytes: int) -> None:
         check_run(self._path, offset_bytes, length_bytes, self.size_bytes)
         if length_bytes:
-            self._try(lambda: self._clear(offset_bytes, length_bytes))
+            self._try(lambda: self._file.zero_out(
+                offset_bytes, length_bytes, may_free=True
+            ))
 
     def commit(self) -> None:
         if self._failed:
@@ -256,26 +239,7 @@ class _FileWriter(Writer):
             )
         self._try(self._file.sync)
 
-    def _put(self, offset: int, view: memoryview) -> None:
-        self._file.seek(offset)
-        self._file.write(view)
-
-    def _clear(self, offset: int, length: int) -> None:
-        try:
-            self._file.punch(offset, length)
-            return
-        except errors.VolumeError as refused:
-            cause = refused.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in NO_HOLE:
-                raise
-        zeros = memoryview(bytes(min(length, ZERO_CHUNK_BYTES)))
-        while length:
-            count = min(length, ZERO_CHUNK_BYTES)
-            self._put(offset, zeros[:count])
-            offset += count
-            length -= count
-
-    def _try(self, effect: Callable[[], None]) -> None:
+    def _try(self, effect: Callable[[], object]) -> None:
         try:
             effect()
         except BaseException:

@@ -14,18 +14,15 @@ make one at once the first wins, and both remember what is there.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
 
 from volume import errors
 from volume import ids
-from volume.node import meaning
 from volume.node import Node
 
 NAME = '.volume-pool'
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
 def check(node: Node, directory: str) -> None:
@@ -91,23 +88,9 @@ def _place(node: Node, path: str, text: str) -> None:
         with node.open(draft, 'xb') as file:
             file.write(f'{text}\n'.encode())
             file.sync()
-        node.act(
-            f'link {os.path.basename(path)}', lambda: _link(draft, path)
-        )
+        node.link(draft, path)
     finally:
         node.unlink(draft)  # which makes the other name durable as well
-
-
-def _link(draft: str, path: str) -> None:
-    try:
-        os.link(draft, path)
-    except (FileExistsError, FileNotFoundError):
-        pass  # another was first, and may have swept the draft
-    except OSError as failed:
-        if failed.errno not in NO_LINKS:
-            raise meaning(failed, f'link {path}') from failed
-        if not os.path.lexists(path):
-            os.rename(draft, path)
 
 
 def _sweep(node: Node, path: str) -> None:

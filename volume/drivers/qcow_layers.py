@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping
 from volume import errors
 from volume import ids
 from volume import model
-from volume.qemulocks import is_used as is_used
-from volume.qemulocks import is_written as is_written
-from volume.qemulocks import keep_closed as keep_closed
+from volume.machine.qemulocks import is_used as is_used
+from volume.machine.qemulocks import is_written as is_written
+from volume.machine.qemulocks import keep_closed as keep_closed
 
 NAME = re.compile(
     r'[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\.(qcow2|raw|vhd|vmdk)'

@@ -19,7 +19,6 @@ from volume import blockgraph
 from volume import errors
 from volume import ids
 from volume import model
-from volume import qemulocks
 from volume.exports.base import Abilities
 from volume.exports.base import Export
 from volume.exports.base import Exporter
@@ -113,7 +112,7 @@ class LocalExporter(Exporter):
             self.node.blocking(lambda: _opener(target))
         ))
         # Of another user's process only QEMU's locks can be seen.
-        if pid is None and not qemulocks.ask(self.node, target):
+        if pid is None and not self.node.is_open_in_qemu(target):
             return
         who = 'a process of QEMU' if pid is None else f'process {pid}'
         raise errors.Busy(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import select
+import selectors
 import shutil
 import signal
 from collections.abc import Sequence
@@ -67,16 +67,17 @@ def start(argv: Sequence[str], log_path: str) -> Process:
 
 def is_running(process: Process) -> bool:
     """Say whether this very process runs."""
-    # One of our own that has ended is let go of; another's is not ours.
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(process.pid, os.WNOHANG)
     try:
-        return (
-            _started(process.pid) == process.started
-            and _state(process.pid) not in 'ZX'
-        )
+        if _started(process.pid) != process.started:
+            return False
+        if _state(process.pid) not in 'ZX':
+            return True
     except (FileNotFoundError, ProcessLookupError):
         return False
+    # One of our own that has ended is let go of.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process.pid, os.WNOHANG)
+    return False
 
 
 def end(process: Process, timeout_s: float) -> None:
@@ -97,7 +98,7 @@ def end(process: Process, timeout_s: float) -> None:
         ):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, number)
-            if select.select([fd], [], [], wait_s)[0]:
+            if _ends(fd, wait_s):
                 is_running(process)
                 return
     except PermissionError as failed:
@@ -110,6 +111,12 @@ def end(process: Process, timeout_s: float) -> None:
         f'process {process.pid} does not end: it hangs in the kernel, '
         'perhaps in its storage'
     )
+
+
+def _ends(fd: int, wait_s: float) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        return bool(selector.select(wait_s))
 
 
 def _started(pid: int) -> str:

@@ -156,16 +156,20 @@ def connect(
         )
     core.hint(job, row, mine)
     ended = _wait(core, job)
-    answer: dict[str, Any] | None = ended.answer.get('connection')
-    proofs: Mapping[str, str] = ended.answer.get('credentials', {})
-    if answer is None:  # another process ran the job
-        made = core.db.read(lambda session: session.get(
-            models.Attachment, job.args['attachment_id']
-        ))
-        answer = dict(made.connection) if made else {}
-        proofs = credentials.of(core, made) if made else {}
-    answer = credentials.told(answer, proofs)
+    answer = _answer(core, job, ended)
     return credentials.secret(answer, ended) if with_secrets else answer
+
+
+def _answer(core: Core, job: models.Job, ended: Ended) -> dict[str, Any]:
+    answer: dict[str, Any] | None = ended.answer.get('connection')
+    if answer is not None:
+        return credentials.told(answer, ended.answer.get('credentials', {}))
+    made = core.db.read(lambda session: session.get(  # another process's job
+        models.Attachment, job.args['attachment_id']
+    ))
+    if made is None:
+        return {}
+    return credentials.told(made.connection, credentials.of(core, made))
 
 
 def disconnect(

@@ -17,8 +17,6 @@ import struct
 from collections.abc import Iterator
 
 from volume import errors
-from volume.node import meaning
-from volume.node import Node
 
 _LOCK = struct.Struct('@hhqqi4x')
 _DONE_FIRST, _FORBIDDEN_FIRST, _KINDS = 100, 200, 64
@@ -27,18 +25,12 @@ _WRITING = 101
 _NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def ask(node: Node, path: str) -> bool:
+def probe(path: str) -> bool:
     """Say whether a QEMU has the file open; a file that is gone nobody has."""
-
-    def probe() -> bool:
-        try:
-            return is_used(path)
-        except FileNotFoundError:
-            return False
-        except OSError as failed:
-            raise meaning(failed, f'probe {path}') from failed
-
-    return node.act(f'probe {os.path.basename(path)}', probe)
+    try:
+        return is_used(path)
+    except FileNotFoundError:
+        return False
 
 
 def is_used(path: str) -> bool:
