@@ -246,6 +246,29 @@ def _export_many(
     return renewed, failures
 
 
+def grow(job: Job, size_bytes: int) -> None:
+    """Let the volume's hosts see that it has grown, if it has any."""
+    driver, exporter = job.backend.need(), job.backend.exporter
+    if job.volume_row().status == 'available' or exporter is None:
+        return  # or the storage tells its hosts itself
+    table, volume = models.Attachment, job.volume()
+    there = job.db.read(lambda s: list(s.scalars(select(table).where(
+        table.volume_id == volume.id, table.is_connected.is_(True)
+    ))))
+    known = _known_secrets(job, exporter, [each.id for each in there])
+    with job.backend.guard('export'):
+        for row in there:
+            secrets = known.get(row.id, {})
+            if isinstance(secrets, errors.VolumeError):
+                raise secrets
+            access = model.Access(row.mode)
+            exporter.grow(Export(
+                row.id, volume.id,
+                _device(job, driver, exporter, access, volume),
+                checks.host_of(row.connector), access, size_bytes, secrets,
+            ))
+
+
 def _node(job: Job) -> str:
     """Return where the volume is open now; nowhere, if nothing exports it."""
     if isinstance(job.backend.need(), base.NativeAccess):

@@ -9,19 +9,22 @@ from volume import errors
 from volume import journal
 from volume.db import claims
 from volume.db import models
+from volume.flows import attach
 from volume.flows import fill
 from volume.flows import rows
 from volume.flows import sidecar
 from volume.journal import Effect
 from volume.journal import Job
+from volume.verbs import access
 
 
 def resize(job: Job) -> Effect:
     size_bytes = job.args['size_bytes']
     job.backend.call('resize', job.volume(), size_bytes)
     sidecar.write(job, size_bytes)
+    attach.grow(job, size_bytes)
     return rows.volume(
-        job, status='available', size_bytes=size_bytes, reason=''
+        job, status=access.settled(), size_bytes=size_bytes, reason=''
     )
 
 
@@ -34,13 +37,14 @@ def _not_extended(job: Job, error: errors.VolumeError) -> Effect:
     except errors.VolumeError:
         return rows.volume(job, status='error_extending', reason=str(error))
     if found_bytes >= size_bytes:
+        # It has; at worst its hosts see that when they attach it anew.
         return rows.volume(
-            job, status='available', size_bytes=size_bytes, reason=''
+            job, status=access.settled(), size_bytes=size_bytes, reason=''
         )
 
     def effect(session: Session) -> None:
         rows.change(
-            job, session, models.Volume, row.id, status='available',
+            job, session, models.Volume, row.id, status=access.settled(),
             reason=f'it was not extended: {error}',
             claimed_bytes=models.Volume.claimed_bytes - more_bytes,
         )

@@ -11,16 +11,20 @@ import contextlib
 import dataclasses
 import os
 import selectors
-import shutil
 import signal
+import subprocess
 from collections.abc import Sequence
 
+from volume import concurrency
 from volume import errors
 from volume.commands import ENVIRONMENT
 from volume.commands import meaning
 
 BOOT_ID = '/proc/sys/kernel/random/boot_id'
 KILL_S = 5.0
+
+# Ours that were not seen to have ended; so no number is another's by now.
+_children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,31 +42,25 @@ def start(argv: Sequence[str], log_path: str) -> Process:
 
     :raises Unavailable: it is not installed
     """
-    program = shutil.which(argv[0], path=ENVIRONMENT['PATH'])
-    if program is None:
-        raise errors.Unavailable(f'{argv[0]} is not installed')
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     try:
         log = os.open(log_path, flags, 0o600)
     except OSError as failed:
         raise meaning(failed, f'open {log_path}') from failed
     try:
-        # Python's own descriptors close by themselves at exec.
-        pid = os.posix_spawn(
-            program, list(argv), ENVIRONMENT, setsid=True,
-            setsigdef=[signal.SIGPIPE, signal.SIGINT], setsigmask=[],
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, log, 1),
-                (os.POSIX_SPAWN_DUP2, log, 2),
-            ],
+        child = concurrency.popen(
+            argv, env=ENVIRONMENT, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )
+    except FileNotFoundError as missing:
+        raise errors.Unavailable(f'{argv[0]} is not installed') from missing
     except OSError as failed:
         raise meaning(failed, f'start {argv[0]}') from failed
     finally:
         os.close(log)
-    # A child that ended already is a zombie, and still has its start.
-    return Process(pid, _started(pid))
+    _children[child.pid] = child
+    # If it has ended already it is a zombie, and still has its start.
+    return Process(child.pid, _started(child.pid))
 
 
 def is_running(process: Process) -> bool:
@@ -75,8 +73,8 @@ def is_running(process: Process) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     # One of our own that has ended is let go of.
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(process.pid, os.WNOHANG)
+    if process.pid in _children:
+        _children.pop(process.pid).wait()
     return False
 
 

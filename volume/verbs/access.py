@@ -77,6 +77,31 @@ def need_room(
             )
 
 
+def need_way(
+    session: Session,
+    row: models.Volume,
+    others: list[models.Attachment],
+    mode: str,
+) -> None:
+    """Refuse what the backend's way to its hosts cannot do.
+
+    :raises Unsupported: it cannot serve several hosts, or refuse writes
+    """
+    wanted = [
+        (ability, verb) for ability, verb, is_wanted in (
+            ('read_only', 'attach a volume read-only', mode == 'ro'),
+            ('multi_attach', 'serve several hosts', bool(others)),
+        ) if is_wanted
+    ]
+    if not wanted:
+        return
+    pool = rows.pool(session, row)
+    if not any(name.startswith('export:') for name in pool.features):
+        return  # reported by an earlier release; the exporter will say
+    for ability, verb in wanted:
+        rows.need_ability(pool, ability, verb)
+
+
 def settled() -> ColumnElement[str]:
     """Return the status that the attachments left over give a volume."""
     attachments, volumes = models.Attachment, models.Volume

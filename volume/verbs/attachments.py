@@ -126,6 +126,11 @@ def connect(
         ):
             return None, row, mine
         access.need_room(row, there, mine)
+        way = 'ro' if row.readonly else mode
+        access.need_way(
+            session, row,
+            [each for each in there if each is not mine], way,
+        )
         job_id = ids.new()
         # What a host can reach is not available to anybody else's verb.
         status = 'attaching' if row.status == 'available' else row.status
@@ -141,7 +146,7 @@ def connect(
                 # Asked again for its secrets: nothing to undo, whatever.
                 'is_connected': mine is not None and mine.is_connected,
                 'connector': properties,
-                'mode': 'ro' if row.readonly else mode,
+                'mode': way,
                 'was': row.status,
             },
             node=rows.home_of(there),

@@ -95,6 +95,20 @@ def need_feature(found: models.Pool, feature: str, verb: str) -> None:
         )
 
 
+def need_ability(found: models.Pool, ability: str, verb: str) -> None:
+    """Refuse what hosts' way to the pool's volumes cannot do.
+
+    ``ability`` is a field of ``model.Abilities`` that is true or false.
+
+    :raises Unsupported: the backend's exporter lacks it
+    """
+    if f'export:{ability}' not in found.features:
+        raise errors.Unsupported(
+            f'backend {found.backend} cannot {verb}; its exporter has no '
+            f'{ability}'
+        )
+
+
 def need_still(
     session: Session,
     row: models.Volume,

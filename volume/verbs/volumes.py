@@ -195,9 +195,10 @@ def bury(core: Core, caller: Caller, volume_id: str) -> None:
 
 
 def extend(
-    core: Core, caller: Caller, volume_id: str, size_bytes: int
+    core: Core, caller: Caller, volume_id: str, size_bytes: int,
+    *, online: bool = True,
 ) -> None:
-    """Accept that a detached volume grows.
+    """Accept that a volume grows; with ``online`` also an attached one.
 
     :raises Invalid: it is attached, or the size is not larger
     :raises NoSpace: the pool cannot promise the difference
@@ -234,9 +235,15 @@ def extend(
                 f'{more_bytes} bytes more; delete something in it, add '
                 'storage, or raise its oversubscription'
             )
+        if online and row.status == 'in-use':
+            rows.need_ability(pool, 'online_resize', (
+                f'extend volume {row.id} while it is attached: detach it'
+            ))
         job_id = ids.new()
         rows.take(
-            session, row, job_id, {'available'}, 'be extended',
+            session, row, job_id,
+            {'available', 'in-use'} if online else {'available'},
+            'be extended',
             status='extending', reason='', updated_at=core.db.clock(),
             claimed_bytes=row.claimed_bytes + more_bytes,
         )
@@ -244,6 +251,7 @@ def extend(
             session, core, caller, 'extend', job_id, row.backend,
             volume_id=row.id, exclusive=[f'volume-{row.id}'],
             args={'size_bytes': size_bytes, 'claim_bytes': more_bytes},
+            node=rows.home(session, row),
         ), row
 
     core.hint(*core.when_free(lambda: core.db.write(accept)))

@@ -23,6 +23,8 @@ from volume.verbs import volumes
 
 CONTAINER = 'bare'
 
+ONLINE_EXTEND_SINCE = 42
+
 
 def act(call: Call) -> Reply:
     return dispatch(call, ACTIONS)
@@ -34,7 +36,11 @@ def _extend(call: Call, info: Fields) -> None:
         exact = views.from_gib(
             info.whole('new_size') or info.need('new_size')
         )
-    volumes.extend(call.core, call.caller, call.id('volume_id'), exact)
+    # As older clients know it, only a detached volume can be extended.
+    volumes.extend(
+        call.core, call.caller, call.id('volume_id'), exact,
+        online=call.minor >= ONLINE_EXTEND_SINCE,
+    )
 
 
 def _reserve(call: Call, info: Fields) -> None:

@@ -11,14 +11,18 @@ nobody add twice. But a scan while the storage is away removes the VDI with
 its keys. So what must not be forgotten stands on the SR as well::
 
     volume:lun:<SCSIid>     id of the volume that has the LUN
-    volume:ready:<SCSIid>   the same, once it was handed out
+    volume:ready:<SCSIid>   the same, from when it is handed out until it is
+                            wiped again
     volume:clean:<SCSIid>   its size, proved zero and not used since
     volume:holds:<SCSIid>   what was found in it when it was to be taken
 
 A LUN without any of them is free, and unknown: it is looked at and wiped
-before its first use. While it is wiped its VDI bears ``volume:wiping``. What
+before its first use. While it is wiped its VDI bears ``volume:wiping``. One
+that was never handed out holds nothing of the volume that claimed it: it is
+let go of as it is, and never wiped, for what it holds may be another's. What
 holds something is shown as a foreign thing, to be adopted by its VDI; any
-free LUN can be adopted by its SCSI id.
+free LUN can be adopted by its SCSI id. It is no free space, and is looked at
+again now and then.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ import dataclasses
 import functools
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from volume import errors
 from volume import model
@@ -40,53 +46,31 @@ from volume.drivers.xensm import plugs
 from volume.drivers.xensm import srs
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm import wiping
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.srs import Sr
+from volume.drivers.xensm.luns import CLAIM
+from volume.drivers.xensm.luns import CLEAN
+from volume.drivers.xensm.luns import DISOWNED
+from volume.drivers.xensm.luns import HOLDS
+from volume.drivers.xensm.luns import Lender
+from volume.drivers.xensm.luns import Lun
+from volume.drivers.xensm.luns import marks_of
+from volume.drivers.xensm.luns import READY
+from volume.drivers.xensm.luns import Users
+from volume.drivers.xensm.luns import WIPING
 from volume.drivers.xensm.vdis import Thing
 from volume.drivers.xensm.vdis import Vdi
 
 LOG = logging.getLogger(__name__)
 
-WIPING = 'volume:wiping'
-CLAIM, READY, CLEAN, HOLDS = MARKS = (
-    'volume:lun:', 'volume:ready:', 'volume:clean:', 'volume:holds:',
-)
-DISOWNED = 'a volume that was let go of'
 HELD = 'volume-claim'  # the name of a VDI of hba that is held for a moment
-
-
-@dataclasses.dataclass(frozen=True)
-class Lun:
-    """A LUN that the operator has named, as it is now."""
-
-    scsi_id: str
-    vdi: Vdi
-    marks: Mapping[str, str]
-    """What the SR says about it, by kind."""
-
-    @property
-    def id(self) -> str:
-        """The id of the volume that has it, or nothing."""
-        return self.marks.get(CLAIM) or self.vdi.keys.get(vdis.ID, '')
-
-    @property
-    def is_free(self) -> bool:
-        return not self.id and WIPING not in self.vdi.keys
-
-    @property
-    def is_ready(self) -> bool:
-        return self.marks.get(READY, '') == self.id != ''
-
-    @property
-    def is_clean(self) -> bool:
-        return self.marks.get(CLEAN) == str(self.vdi.size_bytes)
-
-    def found(self) -> model.Found:
-        return self.vdi.found(self.id or None)
+LOOK_AGAIN_S = 600.0  # at a LUN that was refused
 
 
 class LunStorage(access.Access):
     """An SR of LUNs."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._refused_at: dict[str, float] = {}
 
     def check(self) -> None:
         if not self.settings.luns:
@@ -108,12 +92,13 @@ class LunStorage(access.Access):
 
     def pool(self) -> model.Pool:
         self.need_served()
-        luns = self._luns().values()
+        luns, users = self._luns().values(), self._users()
         return model.Pool(
             self.name,
             total_bytes=sum(lun.vdi.size_bytes for lun in luns),
             free_bytes=sum(
-                lun.vdi.size_bytes for lun in luns if lun.is_free
+                lun.vdi.size_bytes for lun in luns
+                if self._is_to_be_had(lun) and not users.of(lun.scsi_id)
             ),
             thin=False,
             features=self.features(),
@@ -140,10 +125,12 @@ class LunStorage(access.Access):
             self._check_size(lun, volume)
             if lun.is_ready:
                 return lun.vdi.uuid
-            if user := self._user(lun):
+            if user := self._users().of(lun.scsi_id):
                 # Another SR has data there, whatever luns_erase says.
                 refused[lun.scsi_id] = f'is used by {user}'
                 self._leave(lun, f'what {user} has there')
+                # Once that SR is gone, a look is worth while at once.
+                self._refused_at.pop(lun.scsi_id, None)
                 lun = None
                 continue
             if not lun.vdi.managed:
@@ -172,16 +159,18 @@ class LunStorage(access.Access):
             return
         hosts.need_home(lun.vdi, volume.id)
         self.refuse_plugged(lun.vdi, 'delete')
-        if user := self._user(lun):
-            raise errors.Busy(
-                f'volume {volume.id} is not wiped: LUN {lun.scsi_id} is used '
-                f'by {user} as well; see whose bytes these are, and remove '
-                'that SR or let go of the volume'
-            )
-        vdis.put(self.link, lun.vdi.ref, {WIPING: volume.id})
-        self._unmark(READY, lun)
-        if not lun.is_clean:
-            self._wipe(lun, volume)
+        if lun.was_handed_out:
+            if user := self._users().of(lun.scsi_id):
+                raise errors.Busy(
+                    f'volume {volume.id} is not wiped: LUN {lun.scsi_id} is '
+                    f'used by {user} as well; see whose bytes these are, and '
+                    'remove that SR or let go of the volume'
+                )
+            vdis.put(self.link, lun.vdi.ref, {WIPING: volume.id})
+            if not lun.is_clean:
+                self._wipe(lun, volume)
+            self._unmark(HOLDS, lun)
+            self._unmark(READY, lun)
         self._release(lun)
 
     def inspect(self, volume: model.Volume) -> model.Found:
@@ -208,7 +197,7 @@ class LunStorage(access.Access):
                 f'volume {volume.id} exists: LUN {lun.scsi_id} cannot '
                 'become it'
             )
-        if user := self._user(lun):
+        if user := self._users().of(lun.scsi_id):
             raise errors.Conflict(
                 f'LUN {lun.scsi_id} is used by {user}: it cannot become a '
                 'volume'
@@ -234,8 +223,9 @@ class LunStorage(access.Access):
         hosts.need_home(lun.vdi, volume.id)
         self.refuse_plugged(lun.vdi, 'let go of')
         # On hba it stays managed: nobody's create may claim it.
-        self._unmark(READY, lun)
+        self._unmark(HOLDS, lun)
         self._mark(HOLDS, lun, DISOWNED)
+        self._unmark(READY, lun)
         self._let_go(lun)
 
     def describe(
@@ -252,14 +242,27 @@ class LunStorage(access.Access):
             self.need_served()
             return None
         # One on its way is not a volume yet; one being wiped still is.
-        if lun.is_ready or WIPING in lun.vdi.keys:
-            return lun.vdi
-        return None
+        return lun.vdi if lun.was_handed_out else None
+
+    def upkeep(self) -> bool:
+        """Look again at one LUN that was refused: it may be empty by now."""
+        self.need_served()
+        now, users = time.monotonic(), self._users()
+        due = [] if self.settings.luns_erase else [
+            lun for lun in self._luns().values()
+            if lun.is_free and lun.marks.get(HOLDS, DISOWNED) != DISOWNED
+            and now > self._refused_at.get(lun.scsi_id, 0.0) + LOOK_AGAIN_S
+            and not users.of(lun.scsi_id)
+        ]
+        if due:
+            self._refused_at[due[0].scsi_id] = now
+            self._look_again(due[0])
+        return len(due) > 1
 
     # Lending: hba alone says which LUN it gives.
 
     def lender(self, vdi: Vdi) -> hosts.Lender | None:
-        return None if self.kind.type == 'hba' else _Lender(self, vdi)
+        return None if self.kind.type == 'hba' else Lender(self, vdi)
 
     def why_not(self) -> str:
         return (
@@ -280,7 +283,7 @@ class LunStorage(access.Access):
         for vdi in vdis.all_of(self.link, sr.ref):
             scsi_id = vdi.sm_config.get('SCSIid') or by_uuid.get(vdi.uuid)
             if scsi_id in self.settings.luns:
-                found[scsi_id] = Lun(scsi_id, vdi, _marks(sr, scsi_id))
+                found[scsi_id] = Lun(scsi_id, vdi, marks_of(sr, scsi_id))
         return found
 
     def _held(self, volume: model.Volume) -> Lun | None:
@@ -322,33 +325,30 @@ class LunStorage(access.Access):
     def _again(self, lun: Lun) -> Lun:
         return Lun(
             lun.scsi_id, vdis.get(self.link, lun.vdi.ref),
-            _marks(self.sr(), lun.scsi_id),
+            marks_of(self.sr(), lun.scsi_id),
         )
 
-    def _user(self, lun: Lun) -> str:
-        """Name another SR of the pool that has the LUN, if one has.
+    def _users(self) -> Users:
+        return Users(self.link, self.ref())
 
-        It lies on it (LVM, a file system), or has a volume on it.
-        """
-        others = {
-            ref: record for ref, record
-            in self.link.call('SR.get_all_records').items()
-            if ref != self.ref()
-        }
-        users = [
-            record for record in others.values()
-            if f'{CLAIM}{lun.scsi_id}' in record['other_config']
-        ]
-        for pbd in self.link.call('PBD.get_all_records').values():
-            config = pbd['device_config']
-            if pbd['SR'] in others and any(
-                lun.scsi_id in config.get(key, '')
-                for key in ('SCSIid', 'device')
-            ):
-                users.append(others[pbd['SR']])
-        return next((
-            f'SR {each["uuid"]} ({each["type"]})' for each in users
-        ), '')
+    def _is_to_be_had(self, lun: Lun) -> bool:
+        """Say whether a volume could have a LUN, for all that is known."""
+        holds = lun.marks.get(HOLDS)
+        return lun.is_free and (
+            holds is None or (self.settings.luns_erase and holds != DISOWNED)
+        )
+
+    def _look_again(self, lun: Lun) -> None:
+        with self._alone(), contextlib.ExitStack() as stack:
+            vdi = lun.vdi
+            if not vdi.managed:
+                vdi = stack.enter_context(self._drawn(lun))
+                stack.callback(self._give_back, [vdi])
+            holds = wiping.look(self.link, vdi)
+        now = self._again(lun)
+        if not holds and now.is_free and now.marks == lun.marks:
+            LOG.info('LUN %s holds nothing any more', lun.scsi_id)
+            self._unmark(HOLDS, lun)
 
     # Claiming.
 
@@ -413,18 +413,24 @@ class LunStorage(access.Access):
         """
         if lun.vdi.managed:
             return lun
+        with self._drawn(lun) as got:
+            drawn = dataclasses.replace(lun, vdi=got)
+            self._label(drawn, volume)
+            return self._again(drawn)
+
+    @contextlib.contextmanager
+    def _drawn(self, lun: Lun) -> Iterator[Vdi]:
+        """Have the server give a certain LUN, and give back the others."""
         held: list[Vdi] = []
         try:
             for _ in range(len(self.sr_vdis())):
                 got = vdis.get(self.link, self.link.call('VDI.create', {
-                    **vdis.record(volume, self.ref(), lun.vdi.size_bytes),
-                    'name_label': HELD, 'other_config': {}, 'tags': [],
+                    **vdis.blank(self.ref(), lun.vdi.size_bytes),
+                    'name_label': HELD,
                 }))
                 if got.uuid == lun.vdi.uuid:
-                    self._label(
-                        dataclasses.replace(lun, vdi=got), volume
-                    )
-                    return self._again(dataclasses.replace(lun, vdi=got))
+                    yield got
+                    return
                 held.append(got)
         finally:
             self._give_back(held)
@@ -513,6 +519,7 @@ class LunStorage(access.Access):
         """Do not take a LUN; show what is in it."""
         self._unmark(HOLDS, lun)
         self._mark(HOLDS, lun, holds)
+        self._refused_at[lun.scsi_id] = time.monotonic()
         self._release(lun)
 
     def _let_go(self, lun: Lun) -> None:
@@ -521,13 +528,12 @@ class LunStorage(access.Access):
             key for key in lun.vdi.keys if key.startswith(plugs.GRANT)
         )]
         vdis.drop(self.link, lun.vdi.ref, [
-            *(name for name in names if name != vdis.ID), vdis.ID,
+            *(name for name in names if name != vdis.ID), WIPING, vdis.ID,
         ])
         self.link.call('VDI.set_name_label', lun.vdi.ref, lun.scsi_id)
         self.link.call('VDI.set_name_description', lun.vdi.ref, '')
         self.link.call('VDI.remove_tags', lun.vdi.ref, vdis.TAG)
         self._unmark(CLAIM, lun)
-        vdis.drop(self.link, lun.vdi.ref, [WIPING])
 
     def _label(self, lun: Lun, volume: model.Volume) -> None:
         """Say on the VDI whose it is, for whoever looks at the pool."""
@@ -559,33 +565,3 @@ class LunStorage(access.Access):
         self.link.call(
             'SR.remove_from_other_config', self.ref(), f'{kind}{lun.scsi_id}'
         )
-
-
-class _Lender:
-    """Lends a LUN: who has no VBD of it here does not touch it."""
-
-    def __init__(self, storage: LunStorage, vdi: Vdi) -> None:
-        self._storage = storage
-        self._vdi = vdi
-
-    def let_go(self) -> None:
-        self._storage.refuse_plugged(self._vdi, 'lend')
-
-    def take_back(self) -> None:
-        """It was never away: the other pool has no VBD of it any more."""
-
-    def device_config(self) -> Mapping[str, str]:
-        return self._storage.config_of_pbd()
-
-    def end_in(self, peer: Link) -> None:
-        # The VDI's VBDs have ended; its SR may serve other LUNs there.
-        sr = plugs.find(peer, 'SR', self._storage.sr_uuid)
-        if sr is not None and plugs.is_brought(peer, sr):
-            plugs.forget_sr(peer, sr)
-
-
-def _marks(sr: Sr, scsi_id: str) -> dict[str, str]:
-    return {
-        kind: sr.keys[f'{kind}{scsi_id}'] for kind in MARKS
-        if f'{kind}{scsi_id}' in sr.keys
-    }

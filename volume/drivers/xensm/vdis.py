@@ -181,17 +181,29 @@ def record(
 ) -> dict[str, Any]:
     """Return the record with which ``VDI.create`` is called."""
     return {
+        **blank(sr, size_bytes),
         'name_label': name(thing),
         'name_description': DESCRIPTION,
+        'other_config': {**keys(thing), **(keys_too or {})},
+        'sm_config': dict(sm_config or {}),
+        'tags': [TAG],
+    }
+
+
+def blank(sr: str, size_bytes: int) -> dict[str, Any]:
+    """Return the record of a new VDI that is nobody's yet."""
+    return {
+        'name_label': '',
+        'name_description': '',
         'SR': sr,
         'virtual_size': str(size_bytes),
         'type': 'user',
         'sharable': False,
         'read_only': False,
-        'other_config': {**keys(thing), **(keys_too or {})},
+        'other_config': {},
         'xenstore_data': {},
-        'sm_config': dict(sm_config or {}),
-        'tags': [TAG],
+        'sm_config': {},
+        'tags': [],
     }
 
 
