@@ -415,8 +415,11 @@ class Helper(Node):
     def run(self, *argv, **options):
         if argv[0] != 'blkdiscard':
             return super().run(*argv, **options)
-        assert argv[1] == '--zeroout', argv
-        self.devices.append(argv[2])
-        disk = guests(self.pool).disk(self.vm, os.path.basename(argv[2]))
-        disk.zero(0, disk.size_bytes)
+        _, zeroout, offset, length, device = argv
+        assert zeroout == '--zeroout', argv
+        assert offset.startswith('--offset='), argv
+        assert length.startswith('--length='), argv
+        self.devices.append(device)
+        disk = guests(self.pool).disk(self.vm, os.path.basename(device))
+        disk.zero(int(offset[9:]), int(length[9:]))
         return ''

@@ -2,7 +2,8 @@
 # not run.
 #
 # Every setting can be given in the environment:
-#   LAB_DIR           where the image and the state of the running lab live
+#   LAB_DIR           where the image and the state of the running lab live;
+#                     by default .lab in the checkout
 #   LAB_STATE         where the state lives, if elsewhere: so several guests
 #                     may run at a time, each with its own, from one image
 #   LAB_SUITE         Debian release of the guest
@@ -23,7 +24,7 @@
 #                     nvme_core.multipath=Y (the last one of a name counts)
 
 LAB_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-LAB_DIR=${LAB_DIR:-$HOME/.cache/volume-lab}
+LAB_DIR=${LAB_DIR:-$(cd "$LAB_HOME/../.." && pwd)/.lab}
 LAB_SUITE=${LAB_SUITE:-bookworm}
 LAB_ROOT_SIZE=${LAB_ROOT_SIZE:-6G}
 LAB_MEM=${LAB_MEM:-3072}
@@ -49,7 +50,7 @@ alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 # key exchange on each later call. The guest's key was read out of its image,
 # so it is known before the first connection.
 lab_ssh() {
-    ssh -q -F none -i "$IMAGE_DIR/id_ed25519" -p "$(cat "$STATE_DIR/ssh-port")" \
+    ssh -q -F none -i "$STATE_DIR/id_ed25519" -p "$(cat "$STATE_DIR/ssh-port")" \
         -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes \
         -o UserKnownHostsFile="$STATE_DIR/known_hosts" \
         -o GlobalKnownHostsFile=/dev/null -o ConnectTimeout=5 \

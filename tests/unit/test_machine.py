@@ -148,16 +148,17 @@ class TalkTest(MachineCase):
     def test_reply_ends_where_it_says_so(self) -> None:
         reply = struct.pack('@II', 0, 11) + b'abc'
         done = threading.Event()
-        self.addCleanup(done.set)
 
         def answer(link: socket.socket) -> None:
             for at in range(len(reply)):
                 link.sendall(reply[at:at + 1])
             done.wait(10)
 
-        self.assertEqual(reply, self.node.talk(
-            self.serve(answer), b'?', length=ReplyLength(4, 4)
-        ))
+        path = self.serve(answer)
+        self.addCleanup(done.set)
+        self.assertEqual(
+            reply, self.node.talk(path, b'?', length=ReplyLength(4, 4))
+        )
 
     def test_nobody_there_means_that_nothing_happened(self) -> None:
         with self.assertRaises(errors.Unavailable):
@@ -199,7 +200,7 @@ class ProcessTest(MachineCase):
 
     def test_process_that_wants_to_live_is_killed(self) -> None:
         process = self.start(
-            'sh', '-c', 'trap "" TERM; echo on; while :; do sleep 60; done'
+            'sh', '-c', 'trap "" TERM; echo on; exec sleep 60'
         )
         while b'on' not in self.node.read(self.path('log')):
             pass

@@ -17,11 +17,13 @@ from collections.abc import Mapping
 
 from volume import errors
 from volume.node import Node
+from volume.node import ReplyLength
 
 # tgtadm.h of 1.0.30 to 1.0.96: mode, op, lld, len, tid, sid, lun, cid,
 # host_no, device_type, ac_dir, pack, force.
 REQUEST = struct.Struct('=II64sIiQQIIIIII')
-REPLY = struct.Struct('=II')
+REPLY = struct.Struct('=II')  # code, and the length of all of it
+LENGTH = ReplyLength(4, 4)
 DRIVER = b'iscsi'
 LUN = 1  # lun 0 is the daemon's own controller
 TEXT_BYTES_MAX = 8 << 10  # MAX_MGT_BUFSIZE
@@ -106,18 +108,25 @@ class Tgtd:
 
     # Deeds.
 
+    def new_portal(self, portal: str) -> None:
+        self._ask(f'listen on {portal}', PORTAL, NEW, tid=EVERY, text={
+            'portal': portal,
+        })
+
     def new_target(self, tid: int, name: str) -> None:
         self._ask(f'make target {name}', TARGET, NEW, tid=tid, text={
             'targetname': name,
         })
 
-    def delete_target(self, tid: int) -> None:
-        """Remove a target that has no sessions.
+    def delete_target(self, tid: int, *, by_force: bool = False) -> None:
+        """Remove a target; one that has sessions only by force.
 
-        Never by force: with a command in flight the daemon would remove
-        half of it, or end itself, and with it all other exports.
+        By force only when its LUN is gone: with a command in flight the
+        daemon would end itself, and with it all other exports.
         """
-        self._ask(f'delete target {tid}', TARGET, DELETE, tid=tid)
+        self._ask(
+            f'delete target {tid}', TARGET, DELETE, tid=tid, force=by_force
+        )
 
     def new_lun(self, tid: int, path: str) -> None:
         self._ask(f'open {path}', DEVICE, NEW, tid=tid, lun=LUN, text={
@@ -186,6 +195,7 @@ class Tgtd:
         connection: int = 0,
         lun: int = 0,
         direction: int = INCOMING,
+        force: bool = False,
         text: Mapping[str, str] | None = None,
     ) -> str:
         """Make one exchange.
@@ -197,11 +207,11 @@ class Tgtd:
         behind = _text(text) if text else b''
         request = REQUEST.pack(
             mode, op, DRIVER, REQUEST.size + len(behind), tid, session, lun,
-            connection, 0, 0, direction, 0, 0,
+            connection, 0, 0, direction, 0, force,
         )
         reply = self._node.talk(
             self._path, request + behind, timeout_s=TIMEOUT_S,
-            reply_bytes_max=LISTING_BYTES_MAX,
+            reply_bytes_max=LISTING_BYTES_MAX, length=LENGTH,
         )
         return _read(what, reply)
 

@@ -77,29 +77,32 @@ def need_room(
             )
 
 
-def need_way(
+def way(
     session: Session,
     row: models.Volume,
-    others: list[models.Attachment],
+    there: list[models.Attachment],
+    mine: models.Attachment | None,
     mode: str,
-) -> None:
-    """Refuse what the backend's way to its hosts cannot do.
+) -> str:
+    """Return how the host may use the volume: ``ro`` or ``rw``.
 
-    :raises Unsupported: it cannot serve several hosts, or refuse writes
+    :raises Unsupported: the backend's way to its hosts cannot serve
+        several of them, or not refuse writes
     """
+    mode = 'ro' if row.readonly else mode
+    others = [each for each in there if each is not mine]
     wanted = [
         (ability, verb) for ability, verb, is_wanted in (
             ('read_only', 'attach a volume read-only', mode == 'ro'),
             ('multi_attach', 'serve several hosts', bool(others)),
         ) if is_wanted
     ]
-    if not wanted:
-        return
-    pool = rows.pool(session, row)
-    if not any(name.startswith('export:') for name in pool.features):
-        return  # reported by an earlier release; the exporter will say
-    for ability, verb in wanted:
-        rows.need_ability(pool, ability, verb)
+    # What an earlier release reported, the exporter will say.
+    pool = rows.pool(session, row) if wanted else None
+    if pool and any(name.startswith('export:') for name in pool.features):
+        for ability, verb in wanted:
+            rows.need_ability(pool, ability, verb)
+    return mode
 
 
 def settled() -> ColumnElement[str]:

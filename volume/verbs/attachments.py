@@ -126,11 +126,7 @@ def connect(
         ):
             return None, row, mine
         access.need_room(row, there, mine)
-        way = 'ro' if row.readonly else mode
-        access.need_way(
-            session, row,
-            [each for each in there if each is not mine], way,
-        )
+        way = access.way(session, row, there, mine, mode)
         job_id = ids.new()
         # What a host can reach is not available to anybody else's verb.
         status = 'attaching' if row.status == 'available' else row.status

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 
 from volume import errors
 from volume import model
+from volume import progress
 from volume.drivers.xensm import births
 from volume.drivers.xensm import chains
 from volume.drivers.xensm import failures
@@ -298,10 +299,14 @@ class Copies(VhdStorage):
     def _copy_of(
         self, origin: Vdi, sr: str, label: str, watch: Watch | None = None
     ) -> str:
+        def tell(percent: float) -> None:
+            progress.tell(
+                int(origin.size_bytes * percent / 100), origin.size_bytes)
+
         # It does not lock the SR: nobody need wait for it.
         found: str = handlers.patiently(lambda: tasks.run(
             self.link, 'VDI.copy', (origin.ref, sr), label,
-            self.settings.task_timeout_s, watch,
+            self.settings.task_timeout_s, watch or tell,
         ))
         return found
 

@@ -63,6 +63,7 @@ LOG = logging.getLogger(__name__)
 
 HELD = 'volume-claim'  # the name of a VDI of hba that is held for a moment
 LOOK_AGAIN_S = 600.0  # at a LUN that was refused
+NEVER = float('-inf')
 
 
 class LunStorage(access.Access):
@@ -169,7 +170,8 @@ class LunStorage(access.Access):
             vdis.put(self.link, lun.vdi.ref, {WIPING: volume.id})
             if not lun.is_clean:
                 self._wipe(lun, volume)
-            self._unmark(HOLDS, lun)
+            if HOLDS in lun.marks:  # it was about to be let go of once
+                self._unmark(HOLDS, lun)
             self._unmark(READY, lun)
         self._release(lun)
 
@@ -251,7 +253,7 @@ class LunStorage(access.Access):
         due = [] if self.settings.luns_erase else [
             lun for lun in self._luns().values()
             if lun.is_free and lun.marks.get(HOLDS, DISOWNED) != DISOWNED
-            and now > self._refused_at.get(lun.scsi_id, 0.0) + LOOK_AGAIN_S
+            and now - self._refused_at.get(lun.scsi_id, NEVER) > LOOK_AGAIN_S
             and not users.of(lun.scsi_id)
         ]
         if due:
@@ -345,8 +347,10 @@ class LunStorage(access.Access):
                 vdi = stack.enter_context(self._drawn(lun))
                 stack.callback(self._give_back, [vdi])
             holds = wiping.look(self.link, vdi)
-        now = self._again(lun)
-        if not holds and now.is_free and now.marks == lun.marks:
+        found = self._luns().get(lun.scsi_id)
+        if not holds and found and found.is_free and (
+            found.marks == lun.marks
+        ):
             LOG.info('LUN %s holds nothing any more', lun.scsi_id)
             self._unmark(HOLDS, lun)
 

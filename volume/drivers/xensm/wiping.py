@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 
 from volume import errors
 from volume import model
+from volume import progress
 from volume.drivers import base
 from volume.drivers.xensm import handlers
 from volume.drivers.xensm import outgoing
@@ -30,6 +31,8 @@ EDGE_BYTES = model.MIB
 SAMPLE_BYTES = 64 << 10
 SAMPLES = 32
 PIECE_BYTES = 64 << 10
+SENT_BYTES = 4 * model.MIB  # between two looks whether to go on
+COMMAND_BYTES = 256 * model.MIB
 
 # Offset from the beginning (or the end, if negative), bytes, and what it is.
 SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -52,7 +55,7 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 
 
 def wipe(link: Link, node: Node, vdi: Vdi, helper_vm: str = '') -> None:
-    """Write zeros over all of a VDI, and prove it.
+    """Write zeros over all of a VDI, and prove it; begun again, all anew.
 
     :raises Corrupt: zeros were written, and something else is read
     """
@@ -62,9 +65,21 @@ def wipe(link: Link, node: Node, vdi: Vdi, helper_vm: str = '') -> None:
         with contextlib.closing(VdiWriter(node, _Whole(link, vdi))) as writer:
             # All of it: then nothing is fetched before.
             writer.expect([model.Extent(0, vdi.size_bytes, False)])
-            writer.zero(0, vdi.size_bytes)
+            for at, length in _pieces(vdi, SENT_BYTES):
+                writer.zero(at, length)
             writer.commit()
     prove_zero(link, vdi)
+
+
+def _pieces(vdi: Vdi, length_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs of a whole VDI; tell of each that was made zero."""
+    size = vdi.size_bytes
+    progress.tell(0, size)
+    for at in range(0, size, length_bytes):
+        length = min(length_bytes, size - at)
+        yield at, length
+        progress.tell(at + length, size)
+        progress.pace(length)
 
 
 def prove_zero(link: Link, vdi: Vdi) -> None:
@@ -134,10 +149,12 @@ def _by_helper(link: Link, node: Node, vdi: Vdi, helper_vm: str) -> None:
     vbd = _plugged(link, vdi, vm)
     try:
         found = link.call('VBD.get_record', vbd)
-        node.run(
-            'blkdiscard', '--zeroout', f'/dev/{found["device"]}',
-            timeout_s=link.settings.task_timeout_s,
-        )
+        for at, length in _pieces(vdi, COMMAND_BYTES):
+            node.run(
+                'blkdiscard', '--zeroout', f'--offset={at}',
+                f'--length={length}', f'/dev/{found["device"]}',
+                timeout_s=link.settings.task_timeout_s,
+            )
     finally:
         plugs.end_vbd(link, vbd)
 
