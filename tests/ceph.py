@@ -72,7 +72,6 @@ auth allow insecure global id reclaim = false
 mgr data = {root}/mgr
 mgr module path = {modules}
 mgr initial modules =
-mgr disabled modules = {disabled}
 
 [osd]
 osd data = {root}/osd
@@ -128,7 +127,6 @@ class Cluster:
             f.write(CONF.format(
                 fsid=self.fsid, port=self.port, root=self.directory,
                 modules=MODULES, pgs=PGS, osd_bytes=osd_bytes,
-                disabled=' '.join(_modules()),
             ))
         for name in 'mon', 'mgr', 'osd':
             os.mkdir(os.path.join(self.directory, name))
@@ -252,8 +250,12 @@ class Cluster:
         )
 
     def _make_osd(self) -> None:
-        self.ceph('osd', 'new', str(uuid.uuid4()))
-        self._tool('ceph-osd', '-c', self.conf, '-i', '0', '--mkfs')
+        own = str(uuid.uuid4())
+        self.ceph('osd', 'new', own)
+        self._tool(
+            'ceph-osd', '-c', self.conf, '-i', '0', '--mkfs', '--osd-uuid',
+            own,
+        )
         self.ceph('osd', 'crush', 'add', 'osd.0', '1.0', 'root=default')
 
     def _await_mon(self) -> None:
@@ -306,14 +308,6 @@ class Cluster:
             'env': environment, 'cwd': self.directory, 'user': NOBODY,
             'group': NOBODY, 'extra_groups': [],
         }
-
-
-def _modules() -> list[str]:
-    """Return the manager's modules that it can do without."""
-    try:
-        return sorted(os.listdir(MODULES))
-    except FileNotFoundError:
-        return []
 
 
 def _free_port() -> int:

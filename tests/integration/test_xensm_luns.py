@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import os
 import re
+import time
 import unittest
 
 from tests import xapi
@@ -14,6 +15,7 @@ from tests.xensm_hosts import record_calls
 from volume import errors
 from volume import ids
 from volume import model
+from volume import progress
 from volume.drivers.xensm.driver import XenSmDriver
 from volume.node import Node
 from volume.sim.xapi.faults import Fault
@@ -237,6 +239,108 @@ class Claiming(Case):
         self.assertEqual(b'somebody\'s', self.bytes_of(LUNS[0])[:10])
 
 
+class Free(Case):
+    """What is told as free space is what a volume could have."""
+
+    def free(self, driver):
+        (pool,) = driver.pools()
+        return pool.free_bytes
+
+    def test_lun_that_holds_something_is_free_again_once_it_is_empty(self):
+        driver = self.driver(luns=LUNS[:2])
+        self.put(LUNS[0], b'LABELONE', 512)
+        self.put(LUNS[1], b'LABELONE', 512)
+        with self.assertRaises(errors.NoSpace):
+            driver.create(self.wish())
+        self.assertEqual(0, self.free(driver))
+        # With luns_erase it could be had.
+        self.assertEqual(
+            2 * SIZE, self.free(self.driver(luns=LUNS[:2], luns_erase=True)))
+        self.put(LUNS[0], bytes(8), 512)
+        # Another service looks at both, each in a piece of its own.
+        other = self.driver(luns=LUNS[:2])
+        self.assertTrue(other.upkeep(self.sr_uuid))
+        self.assertFalse(other.upkeep(self.sr_uuid))
+        self.assertFalse(other.upkeep(self.sr_uuid))
+        self.assertEqual(SIZE, self.free(driver))
+        volume = self.wish()
+        driver.create(volume)
+        self.assertEqual(LUNS[0], self.lun_of(driver, volume))
+        self.assertEqual(b'LABELONE', self.bytes_of(LUNS[1])[512:520])
+
+    def test_lun_that_another_sr_has_is_not_free_until_that_is_gone(self):
+        driver = self.driver(luns=LUNS[:1])
+        other = xapi.make_sr(self.pool, 'lvmoiscsi', {
+            'target': xensm.TARGET, 'targetIQN': xensm.IQN,
+            'SCSIid': LUNS[0]})
+        self.assertEqual(0, self.free(driver))
+        with self.assertRaises(errors.NoSpace):
+            driver.create(self.wish())
+        self.assertFalse(driver.upkeep(self.sr_uuid))
+        with xensm.session(self.pool) as xenapi:
+            ref = xenapi.SR.get_by_uuid(other)
+            for pbd in xenapi.SR.get_PBDs(ref):
+                xenapi.PBD.unplug(pbd)
+            xenapi.SR.forget(ref)
+        driver.upkeep(self.sr_uuid)
+        self.assertEqual(0, self.free(driver))  # it holds a volume group
+        with open(self.file(LUNS[0]), 'wb') as f:
+            f.truncate(SIZE)
+        self.driver(luns=LUNS[:1]).upkeep(self.sr_uuid)
+        self.assertEqual(SIZE, self.free(driver))
+
+    def test_what_was_let_go_of_is_never_free_space(self):
+        driver = self.driver(luns=LUNS[:1], luns_erase=True)
+        volume = self.wish()
+        driver.create(volume)
+        driver.disown(volume)
+        self.assertFalse(driver.upkeep(self.sr_uuid))
+        self.assertEqual(0, self.free(driver))
+
+
+class NeverHandedOut(Case):
+    """What a LUN holds whose volume was not born may be another's."""
+
+    def test_lun_that_could_not_be_looked_at_is_not_wiped_with_its_volume(
+        self
+    ):
+        driver = self.driver(luns=LUNS[:1])
+        self.put(LUNS[0], b'LABELONE', 512)
+        self.pool.faults.add(Fault(
+            'export_raw_vdi', 'refuse', params=('SR_BACKEND_FAILURE_46',)))
+        volume = self.wish()
+        with self.assertRaises(errors.VolumeError) as caught:
+            driver.create(volume)
+        self.assertNotIsInstance(caught.exception, errors.NoSpace)
+        self.assertEqual([], self.pool.faults.waiting)
+        driver.delete(volume)
+        self.assertEqual(b'LABELONE', self.bytes_of(LUNS[0])[512:520])
+        with self.assertRaisesRegex(errors.NoSpace, 'LVM'):
+            driver.create(volume)
+
+    def test_first_wipe_that_was_ended_is_not_done_only_to_let_go(self):
+        driver = self.driver(luns=LUNS[:1], luns_erase=True)
+        self.put(LUNS[0], b'x' * 999, 3 * MIB)
+        volume = self.wish()
+
+        def stop(done_bytes, total_bytes):
+            raise errors.Cancelled('stop')
+
+        with progress.watching(stop), self.assertRaises(errors.Cancelled):
+            driver.create(volume)
+        with self.assertRaises(errors.NotFound):
+            driver.inspect(volume)
+        self.calls.clear()
+        driver.delete(volume)
+        self.assertNotIn('task.create', self.calls)  # nothing was sent
+        self.assertEqual(b'x' * 999, self.bytes_of(LUNS[0])[3 * MIB:][:999])
+        (pool,) = driver.pools()
+        self.assertEqual(SIZE, pool.free_bytes)
+        # Nor is it taken for clean.
+        driver.create(self.wish())
+        self.assertEqual(bytes(SIZE), self.bytes_of(LUNS[0]))
+
+
 class Wiping(Case):
 
     def filled(self, driver):
@@ -275,6 +379,53 @@ class Wiping(Case):
         driver.delete(volume)
         self.assertEqual(bytes(SIZE), self.bytes_of(LUNS[0]))
         driver.create(self.wish())
+
+    def test_a_wipe_says_how_far_it_is_and_keeps_to_a_rate(self):
+        driver = self.driver()
+        volume = self.filled(driver)
+        heard = []
+        with progress.watching(
+            lambda *told: heard.append(told), 3 * MIB
+        ):
+            driver.delete(volume)
+        self.assertEqual((0, SIZE), heard[0])
+        # A second's worth is free, and a third of one is waited for.
+        self.assertEqual((SIZE, SIZE), heard[-1])
+
+    def test_wipe_that_is_cancelled_leaves_the_volume_to_be_deleted(self):
+        vm = make_vm(self.pool)
+        helper = Helper(self.pool, vm, fixtures.state_dir(self))
+        for node, options in (
+            (None, {}), (helper, {'helper_vm': vm}),
+        ):
+            with self.subTest(**options):
+                driver = self.driver(node, luns=LUNS[:1], **options)
+                volume = self.filled(driver)
+
+                def stop(done_bytes, total_bytes):
+                    if done_bytes:
+                        raise errors.Cancelled('stop')
+
+                with progress.watching(stop, MIB):
+                    with self.assertRaises(errors.Cancelled):
+                        driver.delete(volume)
+                self.nothing_is_plugged()
+                # It is the volume's still, and nobody else gets it.
+                self.assertEqual(SIZE, driver.inspect(volume).size_bytes)
+                with self.assertRaises(errors.NoSpace):
+                    driver.create(self.wish())
+                self.put(LUNS[0], b'left', SIZE // 2)
+                driver.delete(volume)
+                self.assertEqual(bytes(SIZE), self.bytes_of(LUNS[0]))
+                self.nothing_is_plugged()
+                (pool,) = driver.pools()
+                self.assertEqual(SIZE, pool.free_bytes)
+
+    def nothing_is_plugged(self):
+        deadline = time.monotonic() + 20.0
+        while self.pool.rows.all('VBD'):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
 
     def test_lun_that_does_not_read_zero_is_never_handed_out(self):
         driver = self.driver(luns=LUNS[:1], luns_erase=True)
@@ -403,6 +554,24 @@ class Hba(Case):
             for ref, task in xenapi.task.get_all_records().items():
                 if task['status'] == 'pending':
                     xenapi.task.destroy(ref)
+
+
+    def test_refused_lun_is_looked_at_again_and_given_back(self):
+        driver = self.driver(luns=LUNS[2:])
+        self.put(LUNS[2], b'another\'s')
+        with self.assertRaises(errors.NoSpace):
+            driver.create(self.wish())
+        other = self.driver(luns=LUNS[2:])
+        self.assertFalse(other.upkeep(self.sr_uuid))
+        (pool,) = driver.pools()
+        self.assertEqual(0, pool.free_bytes)
+        self.put(LUNS[2], bytes(9))
+        self.driver(luns=LUNS[2:]).upkeep(self.sr_uuid)
+        (pool,) = driver.pools()
+        self.assertEqual(SIZE, pool.free_bytes)
+        self.assertFalse(any(
+            self.pool.rows.field('VDI', ref, 'managed')
+            for ref in self.pool.rows.all('VDI')))
 
 
 class Helper(Node):

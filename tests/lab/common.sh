@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Shared by the lab's scripts (build, up, run, reset, down, check); sourced,
 # not run.
 #

@@ -59,7 +59,7 @@ def numbers(name: str) -> Iterator[int]:
 def parse(listing: str) -> Iterator[Target]:
     """Yield the targets of a listing."""
     target, section, lun = None, '', ''
-    for line in listing.splitlines():
+    for line in listing.split('\n'):
         if match := TARGET.fullmatch(line):
             if target is not None:
                 yield target

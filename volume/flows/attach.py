@@ -301,7 +301,13 @@ def _make_secrets(job: Job) -> dict[str, str]:
     """
     wants = job.backend.exporter.wants if job.backend.exporter else ()
     if wants:
-        _vault(job).check()  # before anything was done that needs it
+        # Before anything was done; and waiting would not bring a key.
+        try:
+            _vault(job).check()
+        except errors.Unavailable as missing:
+            raise errors.Unsupported(
+                f'backend {job.backend.name} cannot let hosts in: {missing}'
+            ) from missing
     return {name: vault.new_secret() for name in wants}
 
 

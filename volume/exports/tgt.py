@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes over iSCSI, served by tgtd: a daemon that needs no kernel module.
+
+There is one target per attachment, with the volume as its LUN 1, one
+initiator that is let in, and accounts of its own. That initiator is bound
+last and unbound first: a target without one lets nobody in, and is what a
+crash has left of an export, or of its end.
+
+What a host has flushed, or has written through (FUA), the daemon has given
+to fdatasync. Two attachments of one volume are two units to the daemon, with
+reservations and atomic commands apart: so ``multi_attach`` is not promised.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from oslo_config import cfg
+
+from volume import errors
+from volume import ids
+from volume import model
+from volume.exports import identity
+from volume.exports import iscsi
+from volume.exports import tgt_listing
+from volume.exports import tgt_wire
+from volume.exports.base import Export
+from volume.exports.base import Exporter
+from volume.exports.tgt_daemon import Daemon
+from volume.exports.tgt_daemon import is_guessable
+from volume.exports.tgt_listing import Target
+from volume.exports.tgt_wire import Refused
+from volume.node import Node
+
+LOG = logging.getLogger(__name__)
+
+VENDOR = 'VOLUME'
+PRODUCT = 'VIRTUAL-DISK'
+POLITE_S = 2.0  # for connections to end by themselves
+END_S = 30.0  # for what is in flight to come back from the storage
+
+OPTIONS: tuple[cfg.Opt, ...] = (
+    cfg.StrOpt(
+        'tgt_socket', default='',
+        help='Socket of a tgtd that runs already.\n\n'
+        'Such as /var/run/tgtd/socket.0; its targets of other names are left '
+        'alone. Without it the service starts a tgtd of its own, which '
+        'outlives it.',
+    ),
+    cfg.IntOpt(
+        'tgt_io_threads', default=1, min=1, max=16,
+        help='Threads that read and write, for each volume.\n\n'
+        'For the tgtd that the service starts, and only when it starts it. '
+        'More of them let one host have more requests in the storage at a '
+        'time; each is a thread of the daemon for each attached volume.',
+    ),
+)
+
+
+class TgtExporter(Exporter):
+    """iSCSI targets of tgtd; they outlive our service."""
+
+    options: ClassVar[tuple[cfg.Opt, ...]] = (*iscsi.OPTIONS, *OPTIONS)
+    accepts_blocknode: ClassVar[bool] = False
+    outlives_service: ClassVar[bool] = True
+    abilities: ClassVar[model.Abilities] = model.Abilities(
+        auth=('chap', 'mutual-chap', 'initiator'), multi_attach=False,
+        multi_portal=True, remote_node=True,
+    )
+
+    def __init__(self, conf: Any, node: Node) -> None:
+        self.conf = conf
+        self.node = node
+        # A host's account is called after its attachment: so it is found
+        # again, whatever a crash has left.
+        self.wants = tuple(
+            name for name in iscsi.WANTS[conf.chap]
+            if not name.endswith('username')
+        )
+        self._daemon = Daemon(node, conf.tgt_socket, conf.tgt_io_threads)
+        self._tgtd = self._daemon.tgtd
+        self._was_warned = False
+
+    def check(self) -> None:
+        self._daemon.bring_up(iscsi.check(self.conf))
+        if self.wants and not self._was_warned and is_guessable(self.node):
+            LOG.warning(
+                'the installed tgtd has CHAP challenges that can be guessed '
+                '(CVE-2024-45751): update it'
+            )
+        self._was_warned = True
+
+    def export(self, wanted: Export) -> model.Connection:
+        return self._export(wanted, None)
+
+    def export_many(
+        self, wanted: Sequence[Export]
+    ) -> dict[str, model.Connection | errors.VolumeError]:
+        # One listing for all of them, and none if nothing is there.
+        there = self._targets()
+        found: dict[str, model.Connection | errors.VolumeError] = {}
+        for each in wanted:
+            try:
+                found[each.attachment_id] = self._export(each, there)
+            except errors.VolumeError as failed:
+                found[each.attachment_id] = failed
+        return found
+
+    def unexport(self, attachment_id: str) -> None:
+        attachment = ids.check(attachment_id, 'attachment')
+        if self._nothing_runs():
+            return
+        for name, targets in self._targets().items():
+            parts = iscsi.parts(self.conf.iscsi_target_prefix, name)
+            if parts and parts[1] == attachment:
+                self._remove(attachment, targets)
+
+    def exported(self) -> set[str]:
+        if self._nothing_runs():
+            return set()
+        found = set()
+        for name, targets in self._targets().items():
+            parts = iscsi.parts(self.conf.iscsi_target_prefix, name)
+            if parts and any(target.bound for target in targets):
+                found.add(parts[1])
+        return found
+
+    # Ours alone: questions.
+
+    def _nothing_runs(self) -> bool:
+        """Say whether our own daemon is gone, and all sessions with it."""
+        try:
+            self._tgtd.portals()
+        except errors.Unavailable:
+            if not self._daemon.is_gone():
+                raise
+            return True
+        return False
+
+    def _targets(self) -> dict[str, list[Target]]:
+        """Return the targets by name, those that bear a name truly."""
+        found: dict[str, list[Target]] = {}
+        for target in tgt_listing.parse(self._tgtd.listing()):
+            if target.tid in tgt_listing.numbers(target.name):
+                found.setdefault(target.name, []).append(target)
+        return found
+
+    def _path(self, wanted: Export) -> str:
+        """Return what the daemon opens.
+
+        :raises Unsupported: it would not be the volume's bytes
+        :raises Corrupt: it is smaller than the volume
+        """
+        source = wanted.source
+        if not isinstance(source, model.Device) or source.format != 'raw':
+            raise errors.Unsupported(
+                f'volume {wanted.volume_id} is not a raw device or file of '
+                'the node, and tgtd reads no other; use the nbd exporter'
+            )
+        size_bytes = self.node.size(source.path)
+        if size_bytes < wanted.size_bytes:
+            raise errors.Corrupt(
+                f'{source.path} has {size_bytes} bytes, volume '
+                f'{wanted.volume_id} has {wanted.size_bytes}'
+            )
+        return source.path
+
+    def _secrets(self, wanted: Export) -> dict[str, str]:
+        """Return the names and passwords of both sides."""
+        name = ids.check(wanted.attachment_id, 'attachment')
+        found = iscsi.credentials(wanted, self.wants)
+        if 'password' in found:
+            found = {'username': name, **found}
+        if 'mutual_password' in found:
+            found['mutual_username'] = _mutual(name)
+        return found
+
+    # Ours alone: deeds.
+
+    def _export(
+        self, wanted: Export, there: Mapping[str, list[Target]] | None
+    ) -> model.Connection:
+        """Export; ``there`` is what is known of targets, if anything is."""
+        portals = iscsi.check(self.conf)
+        name = iscsi.target(
+            self.conf.iscsi_target_prefix, wanted.volume_id,
+            wanted.attachment_id,
+        )
+        # As the host writes it, too: the daemon compares letter by letter.
+        hosts = list(dict.fromkeys(
+            [iscsi.initiator(wanted.host), wanted.host.iqn or '']
+        ))
+        secrets, path = self._secrets(wanted), self._path(wanted)
+        targets = (there or {}).get(name, [])
+        tid = targets[0].tid if targets else self._new_target(name)
+        if tid is None:
+            # Somebody was quicker, or a reply was lost.
+            targets = self._targets().get(name, [])
+            if not targets:
+                raise errors.Unavailable(
+                    f'tgtd has no free number for target {name}'
+                )
+            tid = targets[0].tid
+        self._set_up(tid, targets, wanted, path, hosts, secrets)
+        return iscsi.connection(
+            name, portals, tgt_wire.LUN, wanted, secrets
+        )
+
+    def _new_target(self, name: str) -> int | None:
+        """Make a target; None if it is there, or its numbers are taken."""
+        for tid in tgt_listing.numbers(name):
+            try:
+                self._tgtd.new_target(tid, name)
+            except Refused as refused:
+                if refused.code != tgt_wire.TARGET_EXISTS:
+                    raise
+                if self._targets().get(name):
+                    return None
+            else:
+                return tid
+        return None
+
+    def _set_up(
+        self, tid: int, targets: list[Target], wanted: Export, path: str,
+        hosts: list[str], secrets: Mapping[str, str],
+    ) -> None:
+        bound = {each for target in targets for each in target.bound}
+        has_lun = any(target.has_lun for target in targets)
+        if has_lun:
+            _check_same(targets, wanted, path, bound, set(hosts))
+        else:
+            self._open(tid, path)
+        if not bound:
+            self._identify(tid, wanted)
+        elif not secrets and not any(t.accounts for t in targets):
+            return
+        # While accounts are being changed, nobody may enter without one.
+        for each in bound:
+            self._unbind(tid, each)
+        self._set_accounts(tid, wanted.attachment_id, secrets)
+        for host in hosts:
+            self._tgtd.bind_initiator(tid, host)
+
+    def _open(self, tid: int, path: str) -> None:
+        try:
+            self._tgtd.new_lun(tid, path)
+        except Refused as refused:
+            with _ignored(tgt_wire.NO_TARGET):
+                self._tgtd.delete_target(tid)
+            raise errors.Unavailable(
+                f'tgtd cannot open {path}: see its log'
+            ) from refused
+
+    def _identify(self, tid: int, wanted: Export) -> None:
+        """Give the LUN the volume's identity, and its access."""
+        is_read_only = wanted.access is model.Access.READ
+        self._tgtd.set_lun(
+            tid,
+            scsi_id=identity.scsi_naa(wanted.volume_id),
+            scsi_sn=identity.scsi_serial(wanted.volume_id),
+            vendor_id=VENDOR, product_id=PRODUCT,
+            readonly='1' if is_read_only else '0',
+        )
+
+    def _set_accounts(
+        self, tid: int, attachment_id: str, secrets: Mapping[str, str]
+    ) -> None:
+        self._delete_accounts(attachment_id)
+        for prefix, direction in (
+            ('', tgt_wire.INCOMING), ('mutual_', tgt_wire.OUTGOING),
+        ):
+            if user := secrets.get(f'{prefix}username'):
+                self._tgtd.new_account(user, secrets[f'{prefix}password'])
+                self._tgtd.bind_account(tid, user, direction)
+
+    def _delete_accounts(self, attachment_id: str) -> None:
+        for user in attachment_id, _mutual(attachment_id):
+            with _ignored(tgt_wire.NO_ACCOUNT):
+                self._tgtd.delete_account(user)
+
+    def _unbind(self, tid: int, bound: str) -> None:
+        unbind = (
+            self._tgtd.unbind_initiator
+            if bound.startswith(('iqn.', 'eui.', 'naa.'))
+            else self._tgtd.unbind_address
+        )
+        with _ignored(tgt_wire.NO_ACL, tgt_wire.NO_TARGET):
+            unbind(tid, bound)
+
+    def _remove(self, attachment_id: str, targets: list[Target]) -> None:
+        """Forbid, end what is open, and remove it; prove that it is gone.
+
+        The LUN goes first, for it is what can be read; then the accounts,
+        which are found no more without their target.
+        """
+        for target in targets:
+            for bound in target.bound:
+                self._unbind(target.tid, bound)
+        for tid in {target.tid for target in targets}:
+            self._end_connections(tid, POLITE_S)
+            self._retry(
+                lambda tid=tid: self._tgtd.delete_lun(tid), tid,
+                tgt_wire.LUN_ACTIVE, 'a request of a host is in the storage',
+                gone=(tgt_wire.NO_LUN, tgt_wire.NO_TARGET),
+            )
+            self._delete_accounts(attachment_id)
+            self._delete_target(tid)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tgtd that serves our targets: our own one, or one that runs already.
+
+Our own outlives the service, as the block daemon does: it has a session of
+its own, and a started service finds it by its socket. There is one for all
+backends of a node; it starts without targets, and it takes a lock of its own
+on the socket's name, so that there is never a second one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+
+from volume import errors
+from volume.exports.portals import Portal
+from volume.exports.tgt_wire import Tgtd
+from volume.node import Node
+from volume.node import Process
+
+PROGRAM = 'tgtd'
+PLACES = ('/usr/sbin/tgtd', '/usr/local/sbin/tgtd', '/usr/bin/tgtd')
+SOCKET_PATH_BYTES_MAX = 107  # sun_path, and its zero byte
+START_S = 15.0
+LOG_BYTES_MAX = 1 << 20
+
+
+class Daemon:
+    """Where the daemon is, and whether it runs."""
+
+    def __init__(
+        self, node: Node, socket_path: str, threads: int
+    ) -> None:
+        """Keep where it is; without a socket it is our own one."""
+        self._node = node
+        self._directory = os.path.join(node.state_dir, 'tgtd')
+        self._is_ours = not socket_path
+        self._socket = socket_path or f'{self._base}.0'
+        self._threads = threads
+        self.tgtd = Tgtd(node, self._socket)
+
+    def bring_up(self, portals: tuple[Portal, ...]) -> None:
+        """Find it or start it, listening on these portals.
+
+        :raises Invalid: one that is not ours listens elsewhere
+        :raises Unavailable: it does not run, or does not start
+        """
+        wanted = {str(portal) for portal in portals}
+        if not self._is_ours:
+            self._check_portals(self.tgtd.portals(), wanted)
+            return
+        self._check_path()
+        try:
+            there = self.tgtd.portals()
+        except errors.Unavailable:
+            self._start(portals)
+            return
+        for portal in sorted(wanted - there):
+            self.tgtd.new_portal(portal)
+        if wanted - there:
+            self._check_portals(self.tgtd.portals(), wanted)
+
+    def is_gone(self) -> bool:
+        """Say whether it is our own, and provably does not run.
+
+        With it all sessions are gone that it had.
+        """
+        if not self._is_ours:
+            return False
+        if record := self._record():
+            return not self._node.is_running(record)
+        return not self._node.exists(self._socket)
+
+    def stop(self) -> None:
+        """End our own one with everything that it exports."""
+        if self._is_ours and (record := self._record()):
+            # It ignores the polite signal while it has targets.
+            self._node.end(record, timeout_s=0.1)
+
+    # Ours alone.
+
+    @property
+    def _base(self) -> str:
+        return os.path.join(self._directory, 'socket')
+
+    def _start(self, portals: tuple[Portal, ...]) -> None:
+        self._node.make_directory(self._directory)
+        record = self._record()
+        if record is None or not self._node.is_running(record):
+            self._check_room()
+            record = self._node.start(self._argv(portals), self._log)
+            self._keep(record)
+        there = self._await(record)
+        wanted = {str(portal) for portal in portals}
+        if there != wanted:
+            # One that could not listen where it was told to listens on all
+            # addresses of the machine instead.
+            self._node.end(record, timeout_s=0.1)
+            missing = ', '.join(sorted(wanted - there)) or 'no more'
+            raise errors.Unavailable(
+                f'{PROGRAM} cannot listen on {missing}: {self._said()}'
+            )
+
+    def _argv(self, portals: tuple[Portal, ...]) -> list[str]:
+        return [
+            'env', f'TGT_IPC_SOCKET={self._base}', PROGRAM, '--foreground',
+            '--nr_iothreads', str(self._threads),
+            '--iscsi', ','.join(f'portal={portal}' for portal in portals),
+        ]
+
+    def _await(self, record: Process) -> set[str]:
+        """Wait until it answers; return where it listens.
+
+        The one that answers may be another that was quicker, of another
+        process of the service.
+        """
+        deadline, pause_s = time.monotonic() + START_S, 0.005
+        while True:
+            try:
+                return self.tgtd.portals()
+            except errors.Unavailable as failed:
+                if not self._node.is_running(record):
+                    raise errors.Unavailable(
+                        f'{PROGRAM} does not start: {self._said()}'
+                    ) from failed
+                if time.monotonic() > deadline:
+                    raise errors.Unavailable(
+                        f'{PROGRAM}, process {record.pid}, does not answer '
+                        f'for {START_S:g} s: end it if it hangs'
+                    ) from failed
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.1)
+
+    def _check_path(self) -> None:
+        if len(os.fsencode(self._socket)) > SOCKET_PATH_BYTES_MAX:
+            raise errors.Invalid(
+                f'{self._socket} is over {SOCKET_PATH_BYTES_MAX} bytes, the '
+                'most a unix socket may have; use a shorter state_path'
+            )
+
+    def _check_portals(self, there: set[str], wanted: set[str]) -> None:
+        for portal in sorted(wanted - there):
+            port = portal.rpartition(':')[2]
+            if not there & {f'0.0.0.0:{port}', f'[::]:{port}'}:
+                raise errors.Invalid(
+                    f'the tgtd of {self._socket} does not listen on '
+                    f'{portal}, but on {", ".join(sorted(there))}'
+                )
+
+    def _check_room(self) -> None:
+        if (
+            self._node.exists(self._log)
+            and self._node.size(self._log) > LOG_BYTES_MAX
+        ):
+            self._node.rename(self._log, f'{self._log}.old')
+
+    def _said(self) -> str:
+        try:
+            said = self._node.read(self._log, LOG_BYTES_MAX * 2)
+        except errors.VolumeError:
+            return f'see {self._log}'
+        lines = said.decode(errors='replace').splitlines()
+        return lines[-1] if lines else 'it said nothing'
+
+    @property
+    def _log(self) -> str:
+        return os.path.join(self._directory, 'log')
+
+    @property
+    def _note(self) -> str:
+        return os.path.join(self._directory, 'daemon.json')
+
+    def _record(self) -> Process | None:
+        try:
+            found = json.loads(self._node.read(self._note))
+            return Process(int(found['pid']), str(found['started']))
+        except (errors.NotFound, ValueError, KeyError, TypeError):
+            return None
+
+    def _keep(self, record: Process) -> None:
+        self._node.write(
+            self._note, json.dumps(dataclasses.asdict(record)).encode()
+        )
+
+
+def is_guessable(node: Node) -> bool:
+    """Say whether the installed tgtd has challenges that can be guessed.
+
+    CVE-2024-45751: before 1.0.93 each start had the same ones. Distributions
+    repaired it without another version, so the program itself is looked at.
+    """
+    for path in PLACES:
+        if node.exists(path):
+            try:
+                node.run('grep', '--quiet', '--fixed-strings', '--text',
+                         'getrandom', path)
+            except errors.VolumeError:
+                return True
+            return False
+    return False
