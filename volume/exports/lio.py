@@ -11,8 +11,7 @@ leaves a target, and by its name ``unexport`` finds the rest.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from volume import errors
@@ -24,7 +23,11 @@ from volume.exports.base import Abilities
 from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.exports.lio_store import CORE
+from volume.exports.lio_store import Store
+from volume.exports.lio_target import emptying
 from volume.exports.lio_target import ISCSI
+from volume.exports.lio_target import LUN
+from volume.exports.lio_target import removing
 from volume.exports.lio_target import Target
 from volume.machine.ops import Op
 from volume.machine.ops import Result
@@ -83,19 +86,71 @@ class LioExporter(Exporter):
                 targets.append(self._target(each, there))
             except errors.VolumeError as failed:
                 found[each.attachment_id] = failed
-        for some in itertools.batched(targets, AT_ONCE):
-            found |= self._export_some(some)
+        for start in range(0, len(targets), AT_ONCE):
+            found |= self._export_some(targets[start:start + AT_ONCE])
         return found
 
     def unexport(self, attachment_id: str) -> None:
         attachment = ids.check(attachment_id, 'attachment')
-        for name, (_, each) in self._names().items():
+        names = self._names()
+        for name, (_, each) in names.items():
             if each == attachment:
-                self._remove([name])
+                self._remove(name, names)
 
     def exported(self) -> set[str]:
         return {attachment for _, attachment in self._names().values()}
 
     def grow(self, wanted: Export) -> None:
-        if ops := lio_store.of(wanted, self.conf.iscsi_target_prefix).grow():
+        store = lio_store.of(wanted, self.conf.iscsi_target_prefix)
+        if ops := store.grow():
             self.node.configure(ops)
+
+    # Ours alone.
+
+    def _names(self) -> dict[str, tuple[str, str]]:
+        """Return volume and attachment of each target of ours, by name."""
+        (names,) = self.node.configure([Op.list(ISCSI)])
+        found = {}
+        for name in names if isinstance(names, list) else []:
+            if parts := iscsi.parts(self.conf.iscsi_target_prefix, name):
+                found[name] = parts
+        return found
+
+    def _target(
+        self, wanted: Export, there: Mapping[str, tuple[str, str]]
+    ) -> Target:
+        prefix = self.conf.iscsi_target_prefix
+        name = iscsi.target(prefix, wanted.volume_id, wanted.attachment_id)
+        target = Target(
+            name, wanted, iscsi.initiator(wanted.host),
+            iscsi.check(self.conf), iscsi.credentials(wanted, self.wants),
+            lio_store.of(wanted, prefix),
+        )
+        for other, (volume_id, attachment_id) in there.items():
+            if attachment_id == wanted.attachment_id and other != name:
+                raise errors.Conflict(
+                    f'attachment {attachment_id} is of volume {volume_id}, '
+                    f'not of {wanted.volume_id}: end it first'
+                )
+        return target
+
+    # Making.
+
+    def _export_some(
+        self, targets: Sequence[Target]
+    ) -> dict[str, model.Connection | errors.VolumeError]:
+        """Export them together; one by one if anything fails."""
+        found: dict[str, model.Connection | errors.VolumeError] = {}
+        with contextlib.suppress(errors.VolumeError):
+            return dict(self._export_together(targets))
+        for target in targets:
+            try:
+                found |= self._export_together([target])
+            except errors.VolumeError as failed:
+                found[target.attachment_id] = failed
+        return found
+
+    def _export_together(
+        self, targets: Sequence[Target]
+    ) -> dict[str, model.Connection]:
+        ...

@@ -9,16 +9,17 @@ or remove it; who does them is ``lio``.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from volume import errors
-from volume import model
 from volume.exports.lio_store import ALIAS
 from volume.exports.lio_store import Store
 from volume.exports.portals import Portal
 from volume.machine.ops import Op
 from volume.machine.ops import Result
+from volume.node import Node
 
 ISCSI = '/sys/kernel/config/target/iscsi'
 LUN = 0
@@ -151,76 +152,59 @@ def group(name: str) -> str:
     return f'{ISCSI}/{name}/tpgt_1'
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Contents:
-    """What stands in a target that is to be removed, whoever filled it."""
+def emptying(node: Node, name: str, store: str) -> list[Op]:
+    """Return how all in a target is removed, hosts' sessions with it.
 
-    name: str
-    is_enabled: bool
-    admitted: tuple[str, ...]
-    luns: tuple[str, ...]
-    portals: tuple[str, ...]
-
-    @classmethod
-    def questions(cls, name: str) -> list[Op]:
-        at = group(name)
-        return [
-            Op.get(f'{at}/enable'), Op.list(f'{at}/acls'),
-            Op.list(f'{at}/lun'), Op.list(f'{at}/np'),
-        ]
-
-    @classmethod
-    def of(cls, name: str, found: Sequence[Result]) -> Contents:
-        enabled, *lists = found
-        admitted, luns, portals = (tuple(_names(each)) for each in lists)
-        return cls(name, enabled == '1', admitted, luns, portals)
-
-    def link_questions(self) -> list[Op]:
-        at = group(self.name)
-        return [
-            *(Op.list(f'{at}/acls/{each}') for each in self.admitted),
-            *(Op.list(f'{at}/lun/{each}') for each in self.luns),
-        ]
-
-    def mapped(self, found: Sequence[Result]) -> list[str]:
-        """Return where hosts' LUNs are, of the answers about links."""
-        return [
-            f'{group(self.name)}/acls/{host}/{name}'
-            for host, names in zip(self.admitted, found, strict=False)
-            for name in _names(names) if name.startswith('lun_')
-        ]
-
-    def unmake(
-        self, links: Iterable[str], mapped: Iterable[str]
-    ) -> list[Op]:
-        """Return how all in it is removed, hosts' sessions with it.
-
-        The kernel returns from the removal of a host when its last session
-        has ended, and not before.
-        """
-        at = group(self.name)
-        return [
-            *([Op.put(f'{at}/enable', '0')] if self.is_enabled else []),
-            *(Op.unlink(each) for each in links if '/acls/' in each),
-            *(Op.rmdir(each) for each in mapped),
-            *(Op.rmdir(f'{at}/acls/{each}') for each in self.admitted),
-            *(Op.rmdir(f'{at}/np/{each}') for each in self.portals),
-            *(Op.unlink(each) for each in links if '/lun/' in each),
-            *(Op.rmdir(f'{at}/lun/{each}') for each in self.luns),
-        ]
-
-    def remove(self) -> list[Op]:
-        """Return how the target itself goes, at last."""
-        return [Op.rmdir(group(self.name)), Op.rmdir(f'{ISCSI}/{self.name}')]
+    The kernel is asked what is in it, for another tool may have filled it.
+    It returns from the removal of a host when that one's last session has
+    ended, and not before.
+    """
+    at = group(name)
+    enabled, *lists = node.configure([
+        Op.get(f'{at}/enable'), Op.list(f'{at}/acls'), Op.list(f'{at}/lun'),
+        Op.list(f'{at}/np'),
+    ])
+    hosts, luns, portals = (
+        [f'{at}/{kind}/{each}' for each in _names(names)]
+        for kind, names in zip(('acls', 'lun', 'np'), lists, strict=True)
+    )
+    mapped = [
+        each for each in _inside(node, hosts)
+        if os.path.basename(each).startswith('lun_')
+    ]
+    return [
+        *([Op.put(f'{at}/enable', '0')] if enabled == '1' else []),
+        *_unlink(node, mapped, store),
+        *map(Op.rmdir, (*mapped, *hosts, *portals)),
+        *_unlink(node, luns, store),
+        *map(Op.rmdir, luns),
+    ]
 
 
-def is_link(name: str, store: str) -> bool:
-    """Say whether a name beside a LUN's attributes is that of its link."""
-    return name in (MAPPED, store) or OTHER_LINK.fullmatch(name) is not None
+def removing(name: str) -> list[Op]:
+    """Return how an empty target goes."""
+    return [Op.rmdir(group(name)), Op.rmdir(f'{ISCSI}/{name}')]
 
 
-def access_of(is_read_only: bool) -> model.Access:
-    return model.Access.READ if is_read_only else model.Access.WRITE
+def _unlink(node: Node, luns: list[str], store: str) -> list[Op]:
+    return [
+        Op.unlink(each) for each in _inside(node, luns)
+        if os.path.basename(each) in (MAPPED, store)
+        or OTHER_LINK.fullmatch(os.path.basename(each))
+    ]
+
+
+def _inside(node: Node, directories: list[str]) -> list[str]:
+    if not directories:
+        return []
+    return [
+        f'{directory}/{name}'
+        for directory, names in zip(
+            directories, node.configure(list(map(Op.list, directories))),
+            strict=True,
+        )
+        for name in _names(names)
+    ]
 
 
 def _names(found: Result) -> list[str]:
