@@ -45,6 +45,8 @@ MEANING: Mapping[int, type[errors.VolumeError]] = {
 CPU_GRACE_S = 5  # from SIGXCPU to SIGKILL
 PERCENT = re.compile(rb'\((\d+(?:\.\d+)?)/100%\)')  # qemu-img -p
 ENVIRONMENT = {'LC_ALL': 'C', 'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'}
+WRAPPERS = ('setpriv', 'prlimit')
+NOT_INSTALLED = re.compile(r'(setpriv|prlimit): failed to execute')
 SECRET = re.compile(
     r'(?i)((?:password|passwd|secret|token|key)\S*?[=:]\s*)\S+'
 )
@@ -112,8 +114,13 @@ def run(
     output_bytes_max: int,
     secrets: Sequence[str],
     watch: Callable[[float], None] | None,
+    tick: Callable[[], None] | None = None,
 ) -> str:
-    """Run it to its end; ``locks`` are descriptors that it inherits."""
+    """Run it to its end; ``locks`` are descriptors that it inherits.
+
+    ``tick`` is called a few times a second as well, and ends the command by
+    raising; unlike ``watch`` it does not change what is kept of the output.
+    """
     try:
         child = concurrency.popen(
             argv, env=ENVIRONMENT, pass_fds=locks, process_group=0,
@@ -124,11 +131,12 @@ def run(
         raise errors.Unavailable(f'{argv[0]} is not installed') from missing
     except OSError as failed:
         raise meaning(failed, f'start {argv[0]}') from failed
-    name = argv if argv[0] != 'prlimit' else _without_prlimit(argv)
+    name = _without_wrappers(argv)
     with child:
         try:
             out, err = _talk(
-                child, name, timeout_s, input_bytes, output_bytes_max, watch
+                child, name, timeout_s, input_bytes, output_bytes_max, watch,
+                tick,
             )
         except BaseException:
             _kill_group(child)
@@ -136,7 +144,7 @@ def run(
     code = child.returncode
     if code:
         words = mask(err.decode(errors='replace'), secrets)
-        if words.startswith('prlimit: failed to execute'):
+        if NOT_INSTALLED.match(words):
             raise errors.Unavailable(f'{name[0]} is not installed')
         raise CommandFailed(name, code, words)
     return out.decode(errors='replace')
@@ -149,6 +157,7 @@ def _talk(
     input_bytes: bytes,
     output_bytes_max: int,
     watch: Callable[[float], None] | None,
+    tick: Callable[[], None] | None,
 ) -> tuple[bytes, bytes]:
     """Feed and drain the child until it ends."""
     deadline = time.monotonic() + timeout_s
@@ -185,6 +194,8 @@ def _talk(
                     raise Endless(
                         f'{argv[0]} printed over {output_bytes_max} bytes'
                     )
+            if tick:
+                tick()
             if watch:
                 watch(percent)
         _await(child, argv[0], deadline, timeout_s)
@@ -211,8 +222,11 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _without_prlimit(argv: list[str]) -> list[str]:
-    rest = argv[1:]
-    while rest and rest[0].startswith('--'):
+def _without_wrappers(argv: list[str]) -> list[str]:
+    """Return the command that the limits and belts are for."""
+    rest = argv
+    while rest[0] in WRAPPERS:
         rest = rest[1:]
+        while rest and rest[0].startswith('--'):
+            rest = rest[1:]
     return rest

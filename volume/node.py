@@ -34,6 +34,7 @@ from volume.machine import ops
 from volume.machine import processes
 from volume.machine import qemulocks
 from volume.machine import talk
+from volume.machine import users
 from volume.machine.names import About as About
 from volume.machine.names import Space as Space
 from volume.machine.opened import Opened
@@ -49,9 +50,10 @@ LOG = logging.getLogger(__name__)
 T = TypeVar('T')
 P = ParamSpec('P')
 
-_held: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar(
+held: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar(
     'held', default=()
 )
+"""Descriptors of the locks that a command inherits."""
 
 
 class Node:
@@ -103,9 +105,9 @@ class Node:
         try:
             return self.act(
                 f'run {argv[0]}' + ''.join(f' {a}' for a in argv[1:2]),
-                lambda: commands.run(
-                    full, _held.get(), timeout_s, input_bytes,
-                    output_bytes_max, secrets, watch,
+                lambda: self._run(
+                    full, timeout_s, input_bytes, output_bytes_max, secrets,
+                    watch,
                 ),
             )
         finally:
@@ -115,13 +117,33 @@ class Node:
                     time.monotonic() - started,
                 )
 
+    def _run(
+        self,
+        argv: Sequence[str],
+        timeout_s: float,
+        input_bytes: bytes,
+        output_bytes_max: int,
+        secrets: Sequence[str],
+        watch: Callable[[float], None] | None,
+    ) -> str:
+        return commands.run(
+            list(argv), held.get(), timeout_s, input_bytes, output_bytes_max,
+            secrets, watch, self._tick,
+        )
+
+    def _tick(self) -> None:
+        """End a running command by raising; called a few times a second."""
+
     # Files.
 
     def open(self, path: str, mode: str = 'rb') -> File:
         """Open a file unbuffered; each write of it is an act of its own."""
         return self._file_act(
-            'open', path, lambda: File(self, path, Opened(path, mode))
+            'open', path, lambda: File(self, path, self._open(path, mode))
         )
+
+    def _open(self, path: str, mode: str) -> Opened:
+        return Opened(path, mode)
 
     def about(self, path: str) -> About | None:
         """Return what bears the name, a link as one; None if nothing does."""
@@ -211,6 +233,13 @@ class Node:
         """Say whether a QEMU has the file open; one that is gone nobody has.
         """
         return self._by_name(qemulocks.probe, path)
+
+    def users(self, path: str) -> Sequence[str]:
+        """Say who uses a file or block device, each in a few words.
+
+        Ask as root: of the processes of others nobody else sees anything.
+        """
+        return self._by_name(users.users, path)
 
     def _by_name(
         self,
@@ -318,24 +347,26 @@ class Node:
         exclusive: Sequence[str] = (),
         shared: Sequence[str] = (),
         grace_s: float = 0.0,
+        prove: Callable[[], None] | None = None,
     ) -> Iterator[None]:
         """Hold the locks of these objects, here and in every helper started.
 
         The lock lives as long as the last process that inherited it. Whoever
         asks has the lease already, so a holder that is left is a stalled
         predecessor or its orphan: it is killed after ``grace_s``, and waited
-        for.
+        for. A node that others share as well calls ``prove``, which raises
+        if the lease is lost, before it takes anything from anyone.
 
         :raises Unavailable: the holder could not be ended
         """
         with locks.hold(
             self.lock_dir, exclusive, shared, grace_s=grace_s
         ) as descriptors:
-            token = _held.set((*_held.get(), *descriptors))
+            token = held.set((*held.get(), *descriptors))
             try:
                 yield
             finally:
-                _held.reset(token)
+                held.reset(token)
 
     def forget_locks(self, names: Sequence[str]) -> None:
         """Remove the lock files of what no longer exists."""

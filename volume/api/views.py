@@ -107,6 +107,9 @@ def volume(call: Call, seen: lookup.VolumeSeen) -> JSON:
         ],
         'os-vol-tenant-attr:tenant_id': row.project_id,
         'size_bytes': row.size_bytes,
+        'limits': {
+            'iops': row.iops_limit, 'bytes_per_s': row.bytes_per_s_limit,
+        },
         'reason': row.reason,
         'backend': row.backend,
         'pool': row.pool,

@@ -54,6 +54,7 @@ def add(verbs: Verbs) -> None:
         waits=True,
     )
     _add_volume(verb)
+    _add_limit(verbs)
     _add_upload(verbs)
     _add_adopt(verbs)
     verb = parser.verb(
@@ -63,6 +64,26 @@ def add(verbs: Verbs) -> None:
         waits=True, aliases=('unmanage',),
     )
     _add_volume(verb)
+
+
+def _add_limit(verbs: Verbs) -> None:
+    verb = parser.verb(
+        verbs, 'limit', limit, 'bound how fast a volume may be used',
+        'volume limit database --iops 500 --bandwidth 100M',
+        more='What is not given is not limited any more. Some storage '
+             'bounds it itself, and at once; otherwise its hosts are told '
+             'when they attach it.',
+        waits=True,
+    )
+    _add_volume(verb)
+    verb.add_argument(
+        '--iops', type=values.count, metavar='N',
+        help='requests in a second, reads and writes together',
+    )
+    verb.add_argument(
+        '--bandwidth', type=values.size, metavar='SIZE',
+        help='bytes in a second, like 100M, counted by 1024',
+    )
 
 
 def _add_upload(verbs: Verbs) -> None:
@@ -139,6 +160,17 @@ def revert(session: Session, args: argparse.Namespace) -> None:
         session, volume_id,
         f'volume {args.volume} is as snapshot {args.snapshot}',
     )
+
+
+def limit(session: Session, args: argparse.Namespace) -> None:
+    limits = {'iops': args.iops, 'bytes_per_s': args.bandwidth}
+    volume_id = _act(session, args, 'limiting', {'os-limit': limits})
+    said = [
+        f'{args.iops} requests a second' if args.iops else '',
+        f'{values.human(args.bandwidth)} a second' if args.bandwidth else '',
+    ]
+    told = ' and '.join(filter(None, said)) or 'no limit'
+    _done(session, volume_id, f'volume {args.volume} has {told}')
 
 
 def flatten(session: Session, args: argparse.Namespace) -> None:

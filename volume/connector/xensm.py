@@ -14,10 +14,8 @@ calls ``attach_to`` and ``detach_from``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -26,6 +24,8 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume.connector import xensm_host
+from volume.connector.alone import alone
+from volume.connector.alone import LOCK_S
 from volume.connector.base import Connector
 from volume.connector.base import field
 from volume.drivers.xensm import failures
@@ -36,12 +36,7 @@ from volume.node import Node
 
 PROTOCOL = 'xensm'
 TRIES = 4  # what another client undoes under us is done again
-LOCK_S = 120.0
 IN_USE_TRIES = 10
-POLL_S = 0.05
-
-_vms: dict[str, threading.Lock] = {}
-_guard = threading.Lock()
 
 
 class XenSmConnector(Connector):
@@ -330,18 +325,11 @@ class XenSmConnector(Connector):
 
         A guest that gets two at once loses one of them.
         """
-        with _guard:
-            lock = _vms.setdefault(vm_uuid, threading.Lock())
-        if not lock.acquire(timeout=LOCK_S):
-            raise _taken(vm_uuid)
-        try:
-            directory = os.path.join(self.node.state_dir, 'xensm')
-            os.makedirs(directory, 0o700, exist_ok=True)
-            with open(os.path.join(directory, vm_uuid), 'wb') as f:
-                _flock(f.fileno(), vm_uuid)
-                yield
-        finally:
-            lock.release()
+        with alone(
+            os.path.join(self.node.state_dir, 'xensm'), vm_uuid,
+            f'another disk of VM {vm_uuid} has been on its way',
+        ):
+            yield
 
 
 class Asked:
@@ -390,24 +378,4 @@ class Asked:
 def _may_pass(failed: errors.VolumeError) -> bool:
     return isinstance(failed, errors.Unknown) or failures.code(failed) in (
         'SR_HAS_NO_PBDS', *plugs.GONE,
-    )
-
-
-def _flock(fd: int, vm_uuid: str) -> None:
-    """Wait for the lock of another process on this host."""
-    deadline = time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise _taken(vm_uuid) from None
-            time.sleep(POLL_S)
-        else:
-            return
-
-
-def _taken(vm_uuid: str) -> errors.Busy:
-    return errors.Busy(
-        f'another disk of VM {vm_uuid} has been on its way for {LOCK_S:g} s'
     )

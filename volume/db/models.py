@@ -77,6 +77,8 @@ class Volume(Base):
     bootable: Mapped[bool] = mapped_column(default=False)
     multiattach: Mapped[bool] = mapped_column(default=False)
     readonly: Mapped[bool] = mapped_column(default=False)
+    iops_limit: Mapped[int | None]
+    bytes_per_s_limit: Mapped[int | None]
     snapshot_id: Mapped[str | None] = mapped_column(String(36))
     source_volume_id: Mapped[str | None] = mapped_column(String(36))
     image: Mapped[dict[str, Any]] = mapped_column(default=dict)

@@ -11,6 +11,7 @@ leaves a target, and by its name ``unexport`` finds the rest.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,12 +20,14 @@ from volume import ids
 from volume import model
 from volume.exports import iscsi
 from volume.exports import lio_store
+from volume.exports import lio_target
 from volume.exports.base import Abilities
 from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.exports.lio_store import CORE
-from volume.exports.lio_store import Store
+from volume.exports.lio_store import HBAS
 from volume.exports.lio_target import emptying
+from volume.exports.lio_target import group
 from volume.exports.lio_target import ISCSI
 from volume.exports.lio_target import LUN
 from volume.exports.lio_target import removing
@@ -33,6 +36,8 @@ from volume.machine.ops import Op
 from volume.machine.ops import Result
 from volume.node import CommandFailed
 from volume.node import Node
+
+LOG = logging.getLogger(__name__)
 
 MODULES = (
     'target_core_mod', 'target_core_iblock', 'target_core_file',
@@ -65,7 +70,7 @@ class LioExporter(Exporter):
                 'install one with the modules ' + ', '.join(MODULES)
             ) from failed
         self.node.configure([
-            Op.mkdir(ISCSI), *(Op.mkdir(f'{CORE}/{h}') for h in lio_store.HBAS)
+            Op.mkdir(ISCSI), *(Op.mkdir(f'{CORE}/{each}') for each in HBAS)
         ])
         self._remove_restored()
 
@@ -139,18 +144,157 @@ class LioExporter(Exporter):
     def _export_some(
         self, targets: Sequence[Target]
     ) -> dict[str, model.Connection | errors.VolumeError]:
-        """Export them together; one by one if anything fails."""
+        """Export them together, and one by one if anything fails."""
         found: dict[str, model.Connection | errors.VolumeError] = {}
-        with contextlib.suppress(errors.VolumeError):
-            return dict(self._export_together(targets))
-        for target in targets:
+        if len(targets) > 1:
+            with contextlib.suppress(errors.VolumeError):
+                return found | self._export_together(targets)
+        trouble: errors.VolumeError | None = None
+        for each in targets:
             try:
-                found |= self._export_together([target])
+                if trouble:
+                    raise trouble
+                found |= self._export_together([each])
             except errors.VolumeError as failed:
-                found[target.attachment_id] = failed
+                found[each.attachment_id] = failed
+                if isinstance(failed, errors.Unavailable):
+                    trouble = failed  # the node's, so the next one's as well
         return found
 
     def _export_together(
         self, targets: Sequence[Target]
     ) -> dict[str, model.Connection]:
-        ...
+        known = self._look(targets)
+        whole = [each for each in targets if each.is_whole(known[each.name])]
+        new = [each for each in targets if each not in whole]
+        self.node.configure([
+            op for each in whole for op in each.renew(known[each.name])
+        ])
+        discards = {
+            each.name: each.store.discards(known[each.name]) for each in whole
+        }
+        try:
+            discards |= self._make(new, known)
+        except errors.VolumeError:
+            self._undo(new)
+            raise
+        return {
+            each.attachment_id: iscsi.connection(
+                each.name, each.portals, LUN, each.wanted, each.secrets,
+                discards[each.name],
+            )
+            for each in targets
+        }
+
+    def _look(
+        self, targets: Sequence[Target]
+    ) -> dict[str, Sequence[Result]]:
+        """Return how each is, when what is left of any is out of the way."""
+        known = self._ask({each.name: each.questions() for each in targets})
+        left = [
+            each for each in targets if each.is_there(known[each.name])
+            and not each.is_whole(known[each.name])
+        ]
+        if not left:
+            return known
+        self._remove_restored()
+        for each in left:
+            self._remove(each.name, self._names())
+        return self._look(targets)
+
+    def _make(
+        self, targets: Sequence[Target], known: Mapping[str, Sequence[Result]]
+    ) -> dict[str, bool]:
+        """Make them all, and say which one's host may discard."""
+        ops = []
+        made: set[str] = set()
+        for each in targets:
+            ops += each.begin()
+            store = each.store
+            if store.path not in made and not store.is_whole(known[each.name]):
+                ops += store.make()
+            made.add(store.path)
+            ops += each.make()
+        self.node.configure(ops)
+        limits = self._ask({
+            each.name: [each.store.discard_question()] for each in targets
+        })
+        discards = {name: found != ['0'] for name, found in limits.items()}
+        self.node.configure([
+            op for each in targets for op in (
+                *([each.store.let_discard()] if discards[each.name] else ()),
+                each.enable(),
+            )
+        ])
+        return discards
+
+    def _undo(self, targets: Sequence[Target]) -> None:
+        """Remove what was half made; it may not be there, or not yet."""
+        for each in targets:
+            try:
+                self._remove(each.name, self._names())
+            except errors.VolumeError as failed:
+                LOG.warning('%s is left: %s', each.name, failed)
+                return
+
+    def _ask(
+        self, questions: Mapping[str, list[Op]]
+    ) -> dict[str, Sequence[Result]]:
+        """Return the answers by name, in one round trip."""
+        answers = iter(self.node.configure(
+            [op for ops in questions.values() for op in ops]
+        ))
+        return {
+            name: [next(answers) for _ in ops]
+            for name, ops in questions.items()
+        }
+
+    # Unmaking.
+
+    def _remove(
+        self, name: str, names: Mapping[str, tuple[str, str]]
+    ) -> None:
+        """Remove a target, and the backstore after the volume's last one."""
+        if name not in names:
+            return
+        volume_id, attachment_id = names[name]
+        store = lio_store.name(self.conf.iscsi_target_prefix, volume_id)
+        ops = emptying(self.node, name, store)
+        if not any(
+            of == volume_id and other != name
+            for other, (of, _) in names.items()
+        ):
+            ops += [Op.rmdir(f'{CORE}/{hba}/{store}') for hba in HBAS]
+        try:
+            self.node.configure([*ops, *removing(name)])
+        except errors.Busy as busy:
+            raise errors.Busy(
+                f'attachment {attachment_id} is not ended, for another '
+                f'target of the node uses its volume ({busy}): take it out '
+                'of that one'
+            ) from busy
+
+    def _remove_restored(self) -> None:
+        """Remove what another tool has restored from its own records.
+
+        Those know neither today's hosts nor today's secrets.
+        """
+        names, prefix = self._names(), self.conf.iscsi_target_prefix
+        known = self._ask({
+            name: [
+                Op.get(f'{group(name)}/enable'),
+                lio_target.alias_question(
+                    name, lio_store.name(prefix, volume_id)
+                ),
+            ]
+            for name, (volume_id, _) in names.items()
+        })
+        for name, (enabled, alias) in known.items():
+            if enabled == '1' and alias != lio_store.ALIAS:
+                LOG.warning('%s was not made by this service: removed', name)
+                self._remove(name, names)
+        for path in lio_store.restored(self.node, prefix):
+            try:
+                self.node.configure([Op.rmdir(path)])
+            except errors.Busy as busy:
+                LOG.warning('a target that is not ours has it: %s', busy)

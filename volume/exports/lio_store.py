@@ -10,18 +10,22 @@ has restored from its own records has the name, and not the alias.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from volume import errors
+from volume import ids
 from volume import model
 from volume.exports import identity
 from volume.exports.base import Export
 from volume.machine.ops import Op
 from volume.machine.ops import Result
+from volume.node import Node
 
 CORE = '/sys/kernel/config/target/core'
 HBA_NUMBER = 2026
 KINDS = ('iblock', 'fileio')
+FOREIGN_HBA = re.compile('(iblock|fileio)_[0-9]+')
 HBAS = tuple(f'{kind}_{HBA_NUMBER}' for kind in KINDS)
 ALIAS = 'volume-service'
 PRODUCT = 'volume-service'
@@ -57,7 +61,7 @@ class Store:
 
         :raises Conflict: it is, and holds something else
         """
-        enabled, path, _ = found
+        enabled, path = found[:2]
         if enabled != '1':
             return False
         if path != self.device.path:
@@ -86,7 +90,10 @@ class Store:
             Op.put(f'{self.path}/attrib/emulate_3pc', '0'),
         ]
 
-    def may_discard(self) -> Op:
+    def discards(self, found: Sequence[Result]) -> bool:
+        return found[2] == '1'
+
+    def discard_question(self) -> Op:
         """Ask how many blocks may be discarded at once; zero if none."""
         return Op.get(f'{self.path}/attrib/max_unmap_lba_count')
 
@@ -148,3 +155,20 @@ def of(wanted: Export, prefix: str) -> Store:
 
 def name(prefix: str, volume_id: str) -> str:
     return f'{prefix}volume-{volume_id}'
+
+
+def restored(node: Node, prefix: str) -> list[str]:
+    """Return backstores with names of ours that stand elsewhere."""
+    (hbas,) = node.configure([Op.list(CORE)])
+    others = [
+        f'{CORE}/{each}' for each in hbas or []
+        if FOREIGN_HBA.fullmatch(each) and each not in HBAS
+    ] if isinstance(hbas, list) else []
+    found = node.configure([Op.list(each) for each in others])
+    return [
+        f'{hba}/{each}'
+        for hba, names in zip(others, found, strict=True)
+        for each in (names if isinstance(names, list) else [])
+        if each.startswith(f'{prefix}volume-')
+        and ids.is_id(each.removeprefix(f'{prefix}volume-'))
+    ]

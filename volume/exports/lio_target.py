@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from volume import errors
+from volume import model
+from volume.exports.base import Export
 from volume.exports.lio_store import ALIAS
 from volume.exports.lio_store import Store
 from volume.exports.portals import Portal
@@ -38,28 +40,38 @@ class Target:
     """What the target of an attachment is to be."""
 
     name: str
-    attachment_id: str
+    wanted: Export
     initiator: str
-    is_read_only: bool
     portals: tuple[Portal, ...]
     secrets: Mapping[str, str] = dataclasses.field(repr=False)
     store: Store
+
+    @property
+    def attachment_id(self) -> str:
+        return self.wanted.attachment_id
+
+    @property
+    def is_read_only(self) -> bool:
+        return self.wanted.access is model.Access.READ
 
     @property
     def group(self) -> str:
         return group(self.name)
 
     def questions(self) -> list[Op]:
-        """Return what ``is_whole`` has to know, the store's first."""
+        """Return what has to be known of it, the store's first."""
         at = self.group
         return [
             *self.store.questions(),
             Op.get(f'{at}/enable'),
-            Op.get(f'{at}/lun/lun_{LUN}/{self.store.name}/alias'),
+            alias_question(self.name, self.store.name),
             Op.list(f'{at}/acls'),
             Op.get(f'{self._admitted}/lun_{LUN}/write_protect'),
             Op.list(f'{at}/np'),
         ]
+
+    def is_there(self, found: Sequence[Result]) -> bool:
+        return found[-5] is not None
 
     def is_whole(self, found: Sequence[Result]) -> bool:
         """Say whether it is enabled, by us, and as it is to be.
@@ -150,6 +162,11 @@ class Target:
 
 def group(name: str) -> str:
     return f'{ISCSI}/{name}/tpgt_1'
+
+
+def alias_question(name: str, store: str) -> Op:
+    """Ask for what a backstore of ours says through the target's LUN."""
+    return Op.get(f'{group(name)}/lun/lun_{LUN}/{store}/alias')
 
 
 def emptying(node: Node, name: str, store: str) -> list[Op]:

@@ -13,9 +13,10 @@ reservations and atomic commands apart: so ``multi_attach`` is not promised.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from oslo_config import cfg
@@ -111,41 +112,32 @@ class TgtExporter(Exporter):
 
     def unexport(self, attachment_id: str) -> None:
         attachment = ids.check(attachment_id, 'attachment')
-        if self._nothing_runs():
-            return
-        for name, targets in self._targets().items():
-            parts = iscsi.parts(self.conf.iscsi_target_prefix, name)
-            if parts and parts[1] == attachment:
-                self._remove(attachment, targets)
+        self._remove(attachment, self._known().get(attachment, []))
 
     def exported(self) -> set[str]:
-        if self._nothing_runs():
-            return set()
-        found = set()
-        for name, targets in self._targets().items():
-            parts = iscsi.parts(self.conf.iscsi_target_prefix, name)
-            if parts and any(target.bound for target in targets):
-                found.add(parts[1])
-        return found
+        return {
+            attachment for attachment, targets in self._known().items()
+            if any(target.bound for target in targets)
+        }
 
     # Ours alone: questions.
 
-    def _nothing_runs(self) -> bool:
-        """Say whether our own daemon is gone, and all sessions with it."""
+    def _known(self) -> dict[str, list[Target]]:
+        """As ``_targets``; none if our own daemon is gone with them."""
         try:
-            self._tgtd.portals()
+            return self._targets()
         except errors.Unavailable:
-            if not self._daemon.is_gone():
-                raise
-            return True
-        return False
+            if self._daemon.is_gone():
+                return {}
+            raise
 
     def _targets(self) -> dict[str, list[Target]]:
-        """Return the targets by name, those that bear a name truly."""
+        """Return our targets by attachment, those that are it truly."""
         found: dict[str, list[Target]] = {}
         for target in tgt_listing.parse(self._tgtd.listing()):
-            if target.tid in tgt_listing.numbers(target.name):
-                found.setdefault(target.name, []).append(target)
+            parts = iscsi.parts(self.conf.iscsi_target_prefix, target.name)
+            if parts and target.tid in tgt_listing.numbers(parts[1]):
+                found.setdefault(parts[1], []).append(target)
         return found
 
     def _path(self, wanted: Export) -> str:
@@ -194,42 +186,47 @@ class TgtExporter(Exporter):
             [iscsi.initiator(wanted.host), wanted.host.iqn or '']
         ))
         secrets, path = self._secrets(wanted), self._path(wanted)
-        targets = (there or {}).get(name, [])
-        tid = targets[0].tid if targets else self._new_target(name)
-        if tid is None:
-            # Somebody was quicker, or a reply was lost.
-            targets = self._targets().get(name, [])
-            if not targets:
-                raise errors.Unavailable(
-                    f'tgtd has no free number for target {name}'
-                )
-            tid = targets[0].tid
-        self._set_up(tid, targets, wanted, path, hosts, secrets)
+        targets = (there or {}).get(wanted.attachment_id, [])
+        if not targets:
+            targets = self._new_target(wanted.attachment_id, name)
+        if any(target.name != name for target in targets):
+            raise errors.Conflict(
+                f'attachment {wanted.attachment_id} is exported as '
+                f'{targets[0].name}, not of volume {wanted.volume_id}: end '
+                'it first'
+            )
+        self._set_up(targets, wanted, path, hosts, secrets)
         return iscsi.connection(
             name, portals, tgt_wire.LUN, wanted, secrets
         )
 
-    def _new_target(self, name: str) -> int | None:
-        """Make a target; None if it is there, or its numbers are taken."""
-        for tid in tgt_listing.numbers(name):
+    def _new_target(self, attachment_id: str, name: str) -> list[Target]:
+        """Make a target, or return what there is of the attachment.
+
+        :raises Unavailable: its numbers are others'
+        """
+        for tid in tgt_listing.numbers(attachment_id):
             try:
                 self._tgtd.new_target(tid, name)
             except Refused as refused:
                 if refused.code != tgt_wire.TARGET_EXISTS:
                     raise
-                if self._targets().get(name):
-                    return None
             else:
-                return tid
-        return None
+                return [Target(tid, name)]
+            if targets := self._targets().get(attachment_id):
+                return targets
+        raise errors.Unavailable(
+            f'tgtd has no free number for target {name}'
+        )
 
     def _set_up(
-        self, tid: int, targets: list[Target], wanted: Export, path: str,
+        self, targets: list[Target], wanted: Export, path: str,
         hosts: list[str], secrets: Mapping[str, str],
     ) -> None:
+        """Make the rest of a target, whatever there is of it."""
+        tid = targets[0].tid
         bound = {each for target in targets for each in target.bound}
-        has_lun = any(target.has_lun for target in targets)
-        if has_lun:
+        if any(target.has_lun for target in targets):
             _check_same(targets, wanted, path, bound, set(hosts))
         else:
             self._open(tid, path)
@@ -300,11 +297,104 @@ class TgtExporter(Exporter):
             for bound in target.bound:
                 self._unbind(target.tid, bound)
         for tid in {target.tid for target in targets}:
-            self._end_connections(tid, POLITE_S)
-            self._retry(
-                lambda tid=tid: self._tgtd.delete_lun(tid), tid,
-                tgt_wire.LUN_ACTIVE, 'a request of a host is in the storage',
-                gone=(tgt_wire.NO_LUN, tgt_wire.NO_TARGET),
-            )
+            self._end_connections(tid)
+            self._close(tid)
             self._delete_accounts(attachment_id)
             self._delete_target(tid)
+
+    def _end_connections(self, tid: int) -> None:
+        """End what is open, and give it a moment to go."""
+        deadline, pause_s = time.monotonic() + POLITE_S, 0.002
+        ended: set[tuple[int, int]] = set()
+        with _ignored(tgt_wire.NO_TARGET):
+            while there := set(self._tgtd.connections(tid)):
+                for session, connection in there - ended:
+                    with _ignored(tgt_wire.NO_SESSION, tgt_wire.NO_CONNECTION):
+                        self._tgtd.end_connection(tid, session, connection)
+                if time.monotonic() > deadline:
+                    return
+                ended |= there
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, 0.1)
+
+    def _close(self, tid: int) -> None:
+        """Close the LUN once nothing is in flight.
+
+        :raises Unavailable: the storage does not answer a request
+        """
+        deadline, pause_s = time.monotonic() + END_S, 0.002
+        with _ignored(tgt_wire.NO_LUN, tgt_wire.NO_TARGET):
+            while True:
+                try:
+                    return self._tgtd.delete_lun(tid)
+                except Refused as refused:
+                    if refused.code != tgt_wire.LUN_ACTIVE:
+                        raise
+                    if time.monotonic() > deadline:
+                        raise errors.Unavailable(
+                            'a request of a host that is shut out is still '
+                            f'in the storage after {END_S:g} s: look at the '
+                            'storage, then repeat'
+                        ) from refused
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, 0.5)
+
+    def _delete_target(self, tid: int) -> None:
+        """Remove the target; prove that it has no session any more.
+
+        :raises Unknown: it is still there
+        """
+        try:
+            self._tgtd.delete_target(tid)
+        except Refused as refused:
+            if refused.code == tgt_wire.TARGET_ACTIVE:
+                # A host that takes nothing from the wire does not let its
+                # connection end. Without a LUN nothing can be in flight.
+                self._tgtd.delete_target(tid, by_force=True)
+            elif refused.code != tgt_wire.NO_TARGET:
+                raise
+        with _ignored(tgt_wire.NO_TARGET):
+            left = self._tgtd.connections(tid)
+            raise errors.Unknown(
+                f'target {tid} of tgtd is still there after its end, with '
+                f'{len(left)} connections'
+            )
+
+
+def _mutual(attachment_id: str) -> str:
+    """Return the name of the account by which a target proves itself."""
+    return f'target-{attachment_id}'
+
+
+def _check_same(
+    targets: list[Target], wanted: Export, path: str, bound: set[str],
+    hosts: set[str],
+) -> None:
+    """Refuse another volume, access or host for what is there already.
+
+    :raises Conflict: as said
+    """
+    there = next(target for target in targets if target.has_lun)
+    is_read_only = wanted.access is model.Access.READ
+    wrong = []
+    if there.path != path:
+        wrong.append(f'of {there.path}, not of {path}')
+    if bound and there.is_read_only != is_read_only:
+        wrong.append(f'not for {wanted.access.value}')
+    if bound and bound != hosts:
+        wrong.append(f'for {", ".join(sorted(bound))}')
+    if wrong:
+        raise errors.Conflict(
+            f'attachment {wanted.attachment_id} is exported '
+            f'{" and ".join(wrong)}: end it first'
+        )
+
+
+@contextlib.contextmanager
+def _ignored(*codes: int) -> Iterator[None]:
+    """Take some refusals for what was wanted: it is so already."""
+    try:
+        yield
+    except Refused as refused:
+        if refused.code not in codes:
+            raise

@@ -3,7 +3,8 @@
 
 A host that is let in chooses a text of the listing, its alias, and may put
 lines into it. So what bears one of our names counts only under a number that
-follows from that name (``numbers``): a host can lie about itself alone.
+follows from the attachment in it (``numbers``): a host can lie about itself
+alone.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ class Target:
         return self.lun.get('Readonly') == 'Yes'
 
 
-def numbers(name: str) -> Iterator[int]:
+def numbers(attachment_id: str) -> Iterator[int]:
     """Yield the numbers that a target may have, in the order to try.
 
-    They are the name's own, so that no number is soon another target's: a
-    login that had begun at the former one would go on at the new one. Above
-    those that people choose; and below 2**28, since the daemon makes a world
-    wide name of the number, whose first digit must stay free.
+    They are the attachment's own, so that no number is soon that of another:
+    a login that had begun at the former one would go on at the new one.
+    They are above those that people choose; and below 2**28, since the
+    daemon makes a world wide name of the number, whose first digit must
+    stay free.
     """
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(attachment_id.encode()).digest()
     for index in range(NUMBERS):
         part = int.from_bytes(digest[index * 4:index * 4 + 4], 'big')
         yield (1 << NUMBER_BITS) | (part % (1 << NUMBER_BITS))

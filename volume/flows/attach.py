@@ -38,7 +38,7 @@ def export(job: Job) -> Effect:
     mode = job.args['mode']
     secrets = _make_secrets(job)
     connection = _export(job, connector, mode, secrets)
-    info = _info(connection, job.volume().id, attachment_id, mode)
+    info = _info(connection, job.volume_row(), attachment_id, mode)
     sealed = _seal(job, attachment_id, secrets, connection)
     job.answer['connection'] = info
     job.answer['credentials'] = dict(connection.credentials)
@@ -241,7 +241,8 @@ def _export_many(
             failures[volume_id] = connection
         else:
             renewed[attachment_id] = _info(
-                connection, volume_id, attachment_id, modes[attachment_id]
+                connection, job.volume_row(volume_id), attachment_id,
+                modes[attachment_id],
             )
     return renewed, failures
 
@@ -354,7 +355,7 @@ def _vault(job: Job) -> vault.Vault:
 
 
 def _info(
-    connection: model.Connection, volume_id: str, attachment_id: str,
+    connection: model.Connection, row: models.Volume, attachment_id: str,
     mode: str,
 ) -> dict[str, Any]:
     """Return what the host is told, but for the secrets: their names."""
@@ -362,12 +363,20 @@ def _info(
         {SECRET_KEYS: sorted(connection.secrets)} if connection.secrets
         else {}
     )
+    # As compute services hand them on to QEMU.
+    limits = {
+        name: value for name, value in (
+            ('total_iops_sec', row.iops_limit),
+            ('total_bytes_sec', row.bytes_per_s_limit),
+        ) if value
+    }
     return {
         'driver_volume_type': connection.protocol,
         'data': {
             **connection.fields,
             **named,
-            'volume_id': volume_id,
+            **({'qos_specs': limits} if limits else {}),
+            'volume_id': row.id,
             'attachment_id': attachment_id,
             'access_mode': mode,
         },

@@ -8,6 +8,7 @@ from volume.flows import attach
 from volume.flows import create
 from volume.flows import delete
 from volume.flows import image
+from volume.flows import limit
 from volume.flows import reshape
 from volume.flows import snapshot
 from volume.journal import Flow
@@ -21,6 +22,7 @@ FLOWS: dict[str, Flow] = {
         reshape.EXTEND,
         reshape.REVERT,
         reshape.FLATTEN,
+        limit.FLOW,
         snapshot.CREATE,
         snapshot.DELETE,
         attach.ATTACH,

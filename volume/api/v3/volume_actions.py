@@ -7,6 +7,7 @@ import urllib.parse
 from typing import Any
 
 from volume import errors
+from volume import model
 from volume.api import views
 from volume.api.actions import Action
 from volume.api.actions import dispatch
@@ -16,6 +17,7 @@ from volume.api.fields import Fields
 from volume.api.v3.attachments import need_service
 from volume.verbs import attachments
 from volume.verbs import images
+from volume.verbs import limits
 from volume.verbs import lookup
 from volume.verbs import manage
 from volume.verbs import metadata
@@ -240,6 +242,14 @@ def _unmanage(call: Call, info: Fields) -> None:
     manage.disown(call.core, call.caller, call.id('volume_id'))
 
 
+def _limit(call: Call, info: Fields) -> None:
+    limits.limit(
+        call.core, call.caller, call.id('volume_id'), model.IoLimits(
+            iops=info.whole('iops'), bytes_per_s=info.whole('bytes_per_s'),
+        ),
+    )
+
+
 def _flatten(call: Call, info: Fields) -> None:
     volumes.flatten(call.core, call.caller, call.id('volume_id'))
 
@@ -261,6 +271,7 @@ ACTIONS = {
     'os-set_image_metadata': Action(_set_image_metadata, 200),
     'os-unset_image_metadata': Action(_unset_image_metadata, 200),
     'os-flatten': Action(_flatten, 202),
+    'os-limit': Action(_limit, 202),
     'revert': Action(_revert, 202, since=40),
     'os-reset_status': Action(_reset_status, 202, admin=True),
     'os-force_delete': Action(_force_delete, 202, admin=True),

@@ -64,6 +64,7 @@ class XenSmDriver(
     """Storage repositories of a pool, through its own storage manager."""
 
     options = options.OPTIONS
+    abilities = model.Abilities(auth=('pool',))
 
     def __init__(
         self, conf: Any, node: Node, connect: wire.Connect = wire.XenWire

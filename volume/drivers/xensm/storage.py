@@ -387,9 +387,7 @@ class Storage:
 
     def _has(self, interface: type) -> bool:
         """Say whether this class implements a feature's methods."""
-        names = [
-            name for name in vars(interface) if not name.startswith('_')
-        ]
+        names: frozenset[str] = getattr(interface, '__abstractmethods__')
         return bool(names) and all(
             getattr(type(self), name, None)
             not in (None, getattr(Storage, name, None))

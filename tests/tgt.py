@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of tgtd need: the tools, an exporter of its own, its end."""
+
+import os
+import shutil
+import socket
+
+from tests import iscsi
+from volume.exports import tgt
+from volume.exports import tgt_daemon
+from volume.testing import fixtures
+
+PATH = f'{os.environ.get("PATH", "")}:/usr/sbin:/sbin'
+
+
+def need(test):
+    """Skip a test where tgtd or libiscsi is not installed."""
+    if not shutil.which('tgtd', path=PATH):
+        test.skipTest('no tgtd')
+    if not iscsi.LIBRARY:
+        test.skipTest('no libiscsi')
+
+
+def free_portal(address='127.0.0.1'):
+    """Return an address and a port where nobody listens now."""
+    with socket.socket() as s:
+        s.bind((address, 0))
+        return f'{address}:{s.getsockname()[1]}'
+
+
+def settings(portals, **changes):
+    """Return the exporter's options."""
+    return fixtures.settings(
+        tgt.TgtExporter, iscsi_portals=portals, **changes
+    )
+
+
+def make_exporter(test, node, portals, **changes):
+    """Return an exporter whose daemon ends with the test."""
+    made = tgt.TgtExporter(settings(portals, **changes), node)
+    test.addCleanup(end, node)
+    return made
+
+
+def end(node):
+    """End the daemon of a node, if it runs."""
+    tgt_daemon.Daemon(node, '', 1).stop()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who uses a block device or a file: asked of the kernel, of all namespaces.
+
+Used by is: a process that has it open, a mount, swap, a device that is built
+on it (device-mapper, md, loop), and any of these on one of its partitions.
+Only root sees it all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+# They keep devices open, or look into them, and use no byte of them.
+WATCHERS = frozenset({
+    'multipathd', 'systemd-udevd', '(udev-worker)', 'iscsid',
+})
+BLOCK = '/sys/dev/block'
+SHOWN_MAX = 8
+
+
+def users(path: str) -> list[str]:
+    """Say of each user what it is; nobody uses what is not there."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return []
+    if not stat.S_ISBLK(found.st_mode):
+        key = (found.st_dev, found.st_ino)
+        return [*_processes(set(), key), *_loops(path)][:SHOWN_MAX]
+    devices = _with_partitions(found.st_rdev)
+    named = [
+        *_processes(devices, None), *_mounts(devices), *_swaps(devices),
+        *_holders(devices),
+    ]
+    # Asked last, and only said if nobody else could be named.
+    if not named and _is_claimed(path):
+        named = ['the kernel (it is mounted, or part of another device)']
+    return named[:SHOWN_MAX]
+
+
+def _with_partitions(device: int) -> set[int]:
+    found = {device}
+    base = f'{BLOCK}/{_number(device)}'
+    for name in _names(base):
+        if os.path.exists(f'{base}/{name}/partition'):
+            major, minor = _text(f'{base}/{name}/dev').split(':')
+            found.add(os.makedev(int(major), int(minor)))
+    return found
+
+
+def _processes(
+    devices: set[int], file: tuple[int, int] | None
+) -> Iterator[str]:
+    for pid in _pids():
+        for fd in _names(f'/proc/{pid}/fd'):
+            try:
+                found = os.stat(f'/proc/{pid}/fd/{fd}')
+            except OSError:
+                continue  # closed meanwhile
+            if stat.S_ISBLK(found.st_mode):
+                is_it = found.st_rdev in devices
+            else:
+                is_it = (found.st_dev, found.st_ino) == file
+            if is_it and (name := _text(f'/proc/{pid}/comm')) not in WATCHERS:
+                yield f'{name or "a process"} (pid {pid})'
+                break
+
+
+def _mounts(devices: set[int]) -> Iterator[str]:
+    numbers = {_number(device) for device in devices}
+    seen: set[str] = set()
+    for pid in _pids():
+        try:
+            space = os.readlink(f'/proc/{pid}/ns/mnt')
+        except OSError:
+            continue
+        if space in seen:
+            continue
+        seen.add(space)
+        for line in _text(f'/proc/{pid}/mountinfo').splitlines():
+            fields = line.split(' ')
+            if len(fields) > 4 and fields[2] in numbers:
+                yield f'mounted on {fields[4]}'
+
+
+def _swaps(devices: set[int]) -> Iterator[str]:
+    for line in _text('/proc/swaps').splitlines()[1:]:
+        path = line.split(' ')[0].split('\t')[0]
+        try:
+            found = os.stat(path)
+        except OSError:
+            continue
+        if stat.S_ISBLK(found.st_mode) and found.st_rdev in devices:
+            yield f'swap on {path}'
+
+
+def _holders(devices: set[int]) -> Iterator[str]:
+    for device in sorted(devices):
+        for name in _names(f'{BLOCK}/{_number(device)}/holders'):
+            called = _text(f'/sys/block/{name}/dm/name')
+            yield f'device {name}' + (f' ({called})' if called else '')
+
+
+def _loops(path: str) -> Iterator[str]:
+    real = os.path.realpath(path)
+    for name in _names('/sys/block'):
+        if name.startswith('loop') and _text(
+            f'/sys/block/{name}/loop/backing_file'
+        ) == real:
+            yield f'device {name}'
+
+
+def _is_claimed(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as failed:
+        if failed.errno != errno.EBUSY:
+            raise
+        return True
+    os.close(fd)
+    return False
+
+
+def _pids() -> list[str]:
+    return [name for name in _names('/proc') if name.isdecimal()]
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding='utf-8', errors='replace') as f:
+            return f.read().strip()
+    except OSError:
+        return ''
+
+
+def _number(device: int) -> str:
+    return f'{os.major(device)}:{os.minor(device)}'
