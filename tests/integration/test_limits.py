@@ -23,7 +23,9 @@ class Limits(unittest.TestCase):
     def limits(self):
         """Return the limits, once no job is open."""
         serving.until(
-            lambda: self.world.ask('GET', '/v3/jobs?state=open').json['jobs'],
+            lambda: self.world.ask(
+                'GET', '/v3/os-volume-jobs?state=open'
+            ).json['jobs'],
             lambda jobs: jobs == [],
         )
         return self.world.ask('GET', self.path).json['volume']['limits']
