@@ -81,6 +81,11 @@ class LockDomain:
         return state_dir
 
 
+def kernel(domain: str) -> str:
+    """Return which boot of which machine a domain's id is of."""
+    return ''.join(domain.split(' ')[1:2])
+
+
 def _end(host: str, pid: int, started: str) -> None:
     """End a process, if it is still the one that was started then."""
     try:

@@ -14,12 +14,19 @@ import os
 import pwd
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from volume import concurrency
 from volume import errors
 
 WAIT_S = 10.0
+
+
+def end_holders(path: str) -> None:
+    """End every other process that holds a lock."""
+    for pid in _holders(path):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -29,6 +36,7 @@ def hold(
     shared: Sequence[str],
     wait_s: float = WAIT_S,
     grace_s: float = 0.0,
+    end: Callable[[str], None] = end_holders,
 ) -> Iterator[tuple[int, ...]]:
     """Hold the locks of all names, taken in order; yield the descriptors.
 
@@ -44,7 +52,7 @@ def hold(
         yield tuple(
             _take(
                 stack, os.path.join(directory, name), modes[name], wait_s,
-                grace_s,
+                grace_s, end,
             )
             for name in sorted(modes)
         )
@@ -114,6 +122,7 @@ def _take(
     mode: int,
     wait_s: float,
     grace_s: float,
+    end: Callable[[str], None],
 ) -> int:
     started = time.monotonic()
     deadline = started + wait_s
@@ -128,7 +137,7 @@ def _take(
                     f'{path} is still locked by {_holders(path)}'
                 ) from None
             if time.monotonic() - started >= grace_s:
-                concurrency.blocking(lambda: _end_holders(path))
+                concurrency.blocking(lambda: end(path))
             time.sleep(0.01)
             continue
         if _is_current(fd, path):
@@ -170,9 +179,3 @@ def _holders(path: str) -> list[int]:
 def _has_lock(fdinfo: str) -> bool:
     with open(fdinfo, encoding='utf-8') as f:
         return 'FLOCK' in f.read()
-
-
-def _end_holders(path: str) -> None:
-    for pid in _holders(path):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)

@@ -59,6 +59,9 @@ held: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar(
 class Node:
     """This machine."""
 
+    is_remote: bool = False
+    """Whether several services may reach it, from other machines."""
+
     def __init__(self, state_dir: str, lock_dir: str = '') -> None:
         self.state_dir = state_dir
         self.lock_dir = lock_dir or os.path.join(state_dir, 'locks')

@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 
 from volume import errors
 from volume import ids
+from volume import lockdomain
 from volume import report
 from volume.backends import Backend
 from volume.backends import check_all
@@ -101,7 +102,9 @@ def restore_exports(core: Core, backends: Mapping[str, Backend]) -> int:
             if row.node or row.backend in leads:
                 gone = missing.setdefault(row.backend, {})
                 gone.setdefault(row.volume_id, []).append(row.id)
-        elif there is not None and not row.node:
+        elif there is not None and not row.node and not (
+            _is_elsewhere(backends[row.backend])
+        ):
             homeless.append(row.id)
     if homeless:
         core.db.write(lambda s: _take_in(s, core.owner_host, homeless))
@@ -128,7 +131,9 @@ def end_orphan_exports(
         # Exporters of one kind may tell of the same exports.
         present -= seen
         seen |= present
-        nobodys = present - _known(core, present)
+        nobodys = present - _known(
+            core, present, backend.exporter.is_shared
+        )
         over = _over(core, nobodys) if nobodys - strangers else set()
         for export_id in sorted(nobodys - strangers):
             if export_id not in over:
@@ -291,6 +296,11 @@ def _exported(backend: Backend) -> set[str] | None:
         return None
 
 
+def _is_elsewhere(backend: Backend) -> bool:
+    """Say whether its exports are on a machine that others reach as well."""
+    return backend.exporter is not None and backend.exporter.node.is_remote
+
+
 def _exportable(
     session: Session, host: str, backends: list[str]
 ) -> tuple[list[Any], set[str]]:
@@ -415,16 +425,25 @@ def _open_restore(
     return job, volumes
 
 
-def _known(core: Core, export_ids: set[str]) -> set[str]:
-    """Return those ids that an attachment or an open job names."""
+def _known(
+    core: Core, export_ids: set[str], is_shared: bool
+) -> set[str]:
+    """Return those ids that an attachment or an open job names.
+
+    What ``is_shared`` may also be the work of another service of this
+    kernel, and then it is that one's.
+    """
 
     def ask(session: Session) -> set[str]:
+        homes = ['', core.owner_host]
+        if is_shared:
+            homes += _kin(session, core.owner_host)
         known: set[str] = set()
         for some in _parts(export_ids, ASKED_AT_ONCE):
             known.update(session.scalars(
                 select(models.Attachment.id).where(
                     models.Attachment.id.in_(some),
-                    models.Attachment.node.in_(('', core.owner_host)),
+                    models.Attachment.node.in_(homes),
                 )
             ))
         for args in session.scalars(
@@ -438,6 +457,19 @@ def _known(core: Core, export_ids: set[str]) -> set[str]:
         return known
 
     return core.db.read(ask)
+
+
+def _kin(session: Session, host: str) -> list[str]:
+    """Return the services that have run under the same kernel as ours."""
+    domains = {
+        name: lockdomain.kernel(domain) for name, domain in session.execute(
+            select(models.Service.host, models.Service.domain)
+        )
+    }
+    kernel = domains.get(host, '')
+    return [
+        name for name, each in domains.items() if kernel and each == kernel
+    ]
 
 
 def _over(core: Core, export_ids: set[str]) -> set[str]:

@@ -113,6 +113,39 @@ class Homes(unittest.TestCase):
         self.assertEqual([attachment_id], ended)
         self.assertNotIn(attachment_id, self.blockd().export_ids())
 
+    def left_of_an_export_of(self, domain):
+        """Return what is exported, if it is of a service with a domain."""
+        _, attachment_id = self.attached()
+        exporter = self.backends['q'].exporter
+        exporter.is_shared = True
+        self.other(domain=domain)
+        self.say(models.Attachment, node='node-2')
+        periodic.end_orphan_exports(self.core, self.backends, set())
+        return attachment_id, exporter.exported()
+
+    def test_an_export_of_another_service_of_this_kernel_is_its_own(self):
+        kernel = self.world.service.domain.id.split(' ')[1]
+        export_id, left = self.left_of_an_export_of(
+            f'{ids.new()} {kernel} pid:[1]'
+        )
+        self.assertEqual({export_id}, left)
+
+    def test_an_export_that_has_moved_to_another_kernel_ends_here(self):
+        _, left = self.left_of_an_export_of(f'{ids.new()} {ids.new()} pid:[1]')
+        self.assertEqual(set(), left)
+
+    def test_what_several_services_reach_is_at_home_with_none(self):
+        exporter = self.backends['q'].exporter
+        exporter.node.is_remote = True
+        _, attachment_id = self.attached()
+        self.assertEqual('', self.home(attachment_id))
+        periodic.restore_exports(self.core, self.backends)
+        self.assertEqual('', self.home(attachment_id))
+        exporter.unexport(attachment_id)
+        periodic.restore_exports(self.core, self.backends)
+        serving.until(exporter.exported, {attachment_id}.__eq__)
+        self.assertEqual('', self.home(attachment_id))
+
     def test_a_node_that_left_in_good_order_can_be_fenced_for_what_it_has(
         self,
     ):

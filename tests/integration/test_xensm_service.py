@@ -12,11 +12,18 @@ from tests import xapi
 from tests import xensm
 from tests.integration import serving
 from volume import periodic
+from volume.context import Caller
 from volume.sim.xapi.faults import Fault
 from volume.testing import fixtures
+from volume.verbs import jobs
+from volume.verbs import lookup
+from volume.verbs import place
+from volume.verbs import volumes
 
 COUNT = 1000 if os.environ.get('VOLUME_PROOF') else 60
 WAIT_S = 600
+MIB = 1 << 20
+CALLER = Caller(is_admin=True)
 
 
 class Service(unittest.TestCase):
@@ -107,6 +114,80 @@ class Service(unittest.TestCase):
         self.settle()
         self.assertEqual(
             {f'volume-{first}', f'volume-{second}'}, set(self.stored()))
+
+
+class Wiping(unittest.TestCase):
+    """A LUN is wiped for long: that is told, and can be stopped."""
+
+    RATE = 2 * MIB  # so that a LUN takes three seconds
+    SIZE = 8 * MIB
+
+    def setUp(self):
+        self.pool = xapi.simulator(self)
+        sr_uuid = xensm.lun_sr(self.pool, 'iscsi', 1, self.SIZE)
+        (self.lun,) = xensm.lun_ids(1)
+        self.file = self.pool.world.lun_file(self.lun)
+        self.world = serving.World(
+            self, names='fast, xen',
+            settings=f'image_rate_bytes_per_s = {self.RATE}\n'
+            'sweep_interval_s = 0.1',
+            sections=(
+                '[xen]\ndriver = xensm\npassword = secret\n'
+                f'addresses = {self.pool.url(0)}\nsr_uuid = {sr_uuid}\n'
+                f'luns = {self.lun}\nluns_erase = true\n'
+            ),
+        )
+        self.core = self.world.core
+
+    def create(self):
+        return volumes.create(self.core, CALLER, place.NewVolume(
+            size_bytes=self.SIZE, volume_type='xen')).id
+
+    def cancel(self, kind):
+        """Cancel a job in the middle of its wipe; return how it ended."""
+        (job,) = [
+            job for job in self.jobs()
+            if job.kind == kind and job.state == 'open'
+        ]
+        serving.until(
+            lambda: self.job(job.id).total_bytes, lambda told: told)
+        jobs.cancel(self.core, CALLER, job.id)
+        serving.until(
+            lambda: self.job(job.id).state, lambda state: state != 'open')
+        ended = self.job(job.id)
+        self.assertEqual(self.SIZE, ended.total_bytes)
+        return ended.state
+
+    def jobs(self):
+        return lookup.jobs(self.core, CALLER, lookup.Page()).rows
+
+    def job(self, job_id):
+        return jobs.get(self.core, CALLER, job_id)
+
+    def test_cancelled_in_mid_wipe_a_volume_can_be_made_and_deleted_again(
+        self
+    ):
+        first = self.create()
+        self.assertEqual('cancelled', self.cancel('create'))
+        self.assertEqual('error', self.world.settled(first)['status'])
+        # Its LUN was let go of, and whoever comes next has it wiped whole.
+        self.file.write_bytes(b'\xff' * self.SIZE)
+        self.world.ask('DELETE', f'/v3/volumes/{first}')
+        self.world.gone(first)
+        second = self.create()
+        row = self.world.settled(second)
+        self.assertEqual('available', row['status'], row)
+        self.assertEqual(bytes(self.SIZE), self.file.read_bytes())
+        self.file.write_bytes(b'\xff' * self.SIZE)
+        self.world.ask('DELETE', f'/v3/volumes/{second}')
+        self.assertEqual('cancelled', self.cancel('delete'))
+        row = self.world.settled(second)
+        self.assertEqual('error_deleting', row['status'], row)
+        self.assertIn('cancelled', row['reason'])
+        self.world.ask('POST', f'/v3/volumes/{second}/action', {
+            'os-force_delete': None})
+        self.world.gone(second)
+        self.assertEqual(bytes(self.SIZE), self.file.read_bytes())
 
 
 # What a service does first, in a process of its own.

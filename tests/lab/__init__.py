@@ -24,7 +24,8 @@ TOP = HERE.parents[1]
 ADDRESS = '127.0.0.1'
 
 # Unset: no lab. ``auto``: if this machine can. ``1``: it must. ``full``: it
-# must, and nothing is left out.
+# must, and nothing is left out. ``running``: the guest that ``up`` has booted
+# is used, and left running.
 WANTED = os.environ.get('VOLUME_LAB', '')
 FULL = WANTED == 'full' or bool(os.environ.get('VOLUME_PROOF'))
 
@@ -106,13 +107,29 @@ class Guest:
     """A virtual machine; root's commands run in it by ``run``."""
 
     def __init__(self, **settings: str) -> None:
-        """Build the image if it is not up to date, and boot it."""
-        # Short: unix sockets lie in it.
-        self.state = os.path.join(tempfile.mkdtemp(prefix='lab'), 's')
+        """Boot a guest with these settings of the scripts.
+
+        The image is built if it is not up to date.
+        """
+        self._attendant: subprocess.Popen[bytes] | None = None
+        if WANTED == 'running':
+            default = os.environ.get('LAB_DIR', TOP / '.lab')
+            self.state = os.environ.get('LAB_STATE', f'{default}/state')
+        else:
+            # Short: unix sockets lie in it.
+            self.state = os.path.join(tempfile.mkdtemp(prefix='lab'), 's')
         self.environment = os.environ | {
             'LAB_STATE': self.state, 'LAB_CHECKOUT': str(TOP),
             'LAB_MEM': os.environ.get('LAB_MEM', '1536'),
         } | settings
+        if WANTED != 'running':
+            self._start()
+        self.address = ADDRESS
+        self.port = int(pathlib.Path(self.state, 'ssh-port').read_text())
+        self.key = os.path.join(self.state, 'id_ed25519')
+        self.known_hosts = os.path.join(self.state, 'known_hosts')
+
+    def _start(self) -> None:
         self._script('build', timeout_s=BUILD_S)
         self._attendant = subprocess.Popen(
             [HERE / 'attend'], stdin=subprocess.PIPE, env=self.environment,
@@ -121,13 +138,11 @@ class Guest:
         )
         atexit.register(self.end)
         self._script('up', timeout_s=BOOT_S)
-        self.address = ADDRESS
-        self.port = int(pathlib.Path(self.state, 'ssh-port').read_text())
-        self.key = os.path.join(self.state, 'id_ed25519')
-        self.known_hosts = os.path.join(self.state, 'known_hosts')
 
     def end(self) -> None:
         """End it, and remove its disks; return when it is gone."""
+        if self._attendant is None:
+            return
         assert self._attendant.stdin is not None
         self._attendant.stdin.close()
         self._attendant.wait(60)

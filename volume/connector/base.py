@@ -9,6 +9,8 @@ attached is the same path or URL, ``detach`` of what is not returns at once.
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 from volume import errors
@@ -16,10 +18,25 @@ from volume import model
 from volume.node import Node
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stray:
+    """What an attachment has left on this host, and nothing answers to."""
+
+    protocol: str
+    volume_id: str
+    attachment_id: str
+    what: str
+
+
 class Connector(abc.ABC):
-    """One protocol by which this host reaches volumes."""
+    """One protocol by which this host reaches volumes.
+
+    One that ``leaves_traces`` changes the host (sessions, devices, mounts):
+    that takes root, and is noted, so that it can be undone by others.
+    """
 
     protocol: ClassVar[str]
+    leaves_traces: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __init__(self, node: Node) -> None:
@@ -46,6 +63,27 @@ class Connector(abc.ABC):
         """Let go of the volume; return at once if it is not attached.
 
         :raises Busy: something on this host has it open
+        """
+
+    def extend(self, connection: model.Connection) -> int:
+        """Have this host see that the volume has grown; return its size.
+
+        :raises NotFound: the volume is not attached here
+        :raises Unsupported: whoever has it open must open it anew
+        """
+        raise errors.Unsupported(
+            f'a volume reached by {self.protocol} is opened anew to see '
+            'that it has grown'
+        )
+
+    def strays(self) -> Iterator[Stray]:
+        """Yield what was left here and is dead; what is served is none."""
+        return iter(())
+
+    def reap(self, stray: Stray) -> None:
+        """Undo what an attachment has left here.
+
+        :raises Busy: it is in use, or served again
         """
 
 

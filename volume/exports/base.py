@@ -58,11 +58,15 @@ class Exporter(abc.ABC):
     options: ClassVar[tuple[cfg.Opt, ...]] = ()
     accepts_blocknode: ClassVar[bool] = False
     outlives_service: ClassVar[bool] = True
+    is_shared: ClassVar[bool] = False
+    """Whether every service of the node sees the same exports (those of its
+    kernel), and not each only its own."""
     abilities: ClassVar[Abilities] = Abilities()
 
     wants: tuple[str, ...] = ()
     """Names of the secrets that ``Export.credentials`` must have, as the
     options say; the service makes them, and keeps them encrypted."""
+    node: Node
 
     @abc.abstractmethod
     def __init__(self, conf: Any, node: Node) -> None:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all iSCSI exporters share: names, portals, CHAP, connections.
 
-There is one target per attachment. Its name holds the ids of the volume and
-of the attachment, so what is exported is read from the names of the targets;
-a target with any other name is somebody else's.
+There is one target per attachment, named as ``naming`` says.
 """
 
 from __future__ import annotations
@@ -15,23 +13,24 @@ from typing import Any
 from oslo_config import cfg
 
 from volume import errors
-from volume import ids
 from volume import model
 from volume.exports.base import Export
+from volume.exports.naming import NAME_BYTES_MAX
+from volume.exports.naming import parts as parts
+from volume.exports.naming import PREFIX_BYTES_MAX
+from volume.exports.naming import target as target
 from volume.exports.portals import parse
 from volume.exports.portals import Portal
 
 PORT = 3260
-NAME_BYTES_MAX = 223  # RFC 7143
-_ID = '[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}'
-_TARGET = re.compile(rf'volume-({_ID})\.({_ID})')
 _PREFIX = re.compile(r'iqn\.\d{4}-\d\d\.[a-z0-9.-]+(:[a-z0-9.:-]*)?')
 _INITIATOR = re.compile(
     r'iqn\.\d{4}-\d\d\.[a-z0-9][a-z0-9._:-]*'
     r'|eui\.[0-9a-f]{16}|naa\.[0-9a-f]{16}(?:[0-9a-f]{16})?'
 )
 # What LIO and tgt take as names and secrets without quoting.
-_SECRET = re.compile(r'[A-Za-z0-9._-]{1,223}')
+# LIO takes one that begins with NULL for none.
+_SECRET = re.compile(r'(?!NULL)[A-Za-z0-9._-]{1,223}')
 SECRET_CHARS_MIN = 12  # RFC 7143, 12.1.3: 96 bits, which letters stand for
 
 ONE_WAY = ('username', 'password')
@@ -70,31 +69,16 @@ def check(conf: Any) -> tuple[Portal, ...]:
     :raises Invalid: an option is wrong
     """
     prefix = conf.iscsi_target_prefix
-    longest = len(prefix) + len('volume-.') + 2 * 36
-    if not _PREFIX.fullmatch(prefix) or longest > NAME_BYTES_MAX:
+    if not _PREFIX.fullmatch(prefix) or len(prefix) > PREFIX_BYTES_MAX:
         raise errors.Invalid(
             f'iscsi_target_prefix {prefix!r:.80} is wrong: write it as '
             'iqn.YYYY-MM.reversed.domain:, in lower case, at most '
-            f'{NAME_BYTES_MAX - longest + len(prefix)} characters'
+            f'{PREFIX_BYTES_MAX} characters'
         )
     return parse(conf.iscsi_portals, 'iscsi_portals', PORT)
 
 
 # Names.
-
-
-def target(prefix: str, volume_id: str, attachment_id: str) -> str:
-    """Return the name of the target of an attachment."""
-    volume = ids.check(volume_id, 'volume')
-    return f'{prefix}volume-{volume}.{ids.check(attachment_id, "attachment")}'
-
-
-def parts(prefix: str, name: str) -> tuple[str, str] | None:
-    """Return volume and attachment of a target; ``None`` if it is foreign."""
-    if not name.startswith(prefix):
-        return None
-    match = _TARGET.fullmatch(name, len(prefix))
-    return (match[1], match[2]) if match else None
 
 
 def initiator(host: model.Host) -> str:

@@ -14,9 +14,9 @@ import re
 from collections.abc import Sequence
 
 from volume import errors
+from volume import identity
 from volume import ids
 from volume import model
-from volume.exports import identity
 from volume.exports.base import Export
 from volume.machine.ops import Op
 from volume.machine.ops import Result

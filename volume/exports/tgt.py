@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 from oslo_config import cfg
 
 from volume import errors
+from volume import identity
 from volume import ids
 from volume import model
-from volume.exports import identity
 from volume.exports import iscsi
 from volume.exports import tgt_listing
 from volume.exports import tgt_wire
@@ -112,7 +112,9 @@ class TgtExporter(Exporter):
 
     def unexport(self, attachment_id: str) -> None:
         attachment = ids.check(attachment_id, 'attachment')
-        self._remove(attachment, self._known().get(attachment, []))
+        self._remove(
+            attachment, self._known(attachment).get(attachment, [])
+        )
 
     def exported(self) -> set[str]:
         return {
@@ -122,19 +124,23 @@ class TgtExporter(Exporter):
 
     # Ours alone: questions.
 
-    def _known(self) -> dict[str, list[Target]]:
+    def _known(self, containing: str = '') -> dict[str, list[Target]]:
         """As ``_targets``; none if our own daemon is gone with them."""
         try:
-            return self._targets()
+            return self._targets(containing)
         except errors.Unavailable:
             if self._daemon.is_gone():
                 return {}
             raise
 
-    def _targets(self) -> dict[str, list[Target]]:
-        """Return our targets by attachment, those that are it truly."""
+    def _targets(self, containing: str = '') -> dict[str, list[Target]]:
+        """Return our targets by attachment, those that are it truly.
+
+        Only those whose part of the listing contains a text.
+        """
         found: dict[str, list[Target]] = {}
-        for target in tgt_listing.parse(self._tgtd.listing()):
+        listing = self._tgtd.listing()
+        for target in tgt_listing.parse(listing, containing):
             parts = iscsi.parts(self.conf.iscsi_target_prefix, target.name)
             if parts and target.tid in tgt_listing.numbers(parts[1]):
                 found.setdefault(parts[1], []).append(target)
@@ -213,7 +219,7 @@ class TgtExporter(Exporter):
                     raise
             else:
                 return [Target(tid, name)]
-            if targets := self._targets().get(attachment_id):
+            if targets := self._targets(attachment_id).get(attachment_id):
                 return targets
         raise errors.Unavailable(
             f'tgtd has no free number for target {name}'
@@ -237,7 +243,9 @@ class TgtExporter(Exporter):
         # While accounts are being changed, nobody may enter without one.
         for each in bound:
             self._unbind(tid, each)
-        self._set_accounts(tid, wanted.attachment_id, secrets)
+        if any(target.accounts for target in targets):
+            self._delete_accounts(wanted.attachment_id)
+        self._set_accounts(tid, secrets)
         for host in hosts:
             self._tgtd.bind_initiator(tid, host)
 
@@ -262,16 +270,23 @@ class TgtExporter(Exporter):
             readonly='1' if is_read_only else '0',
         )
 
-    def _set_accounts(
-        self, tid: int, attachment_id: str, secrets: Mapping[str, str]
-    ) -> None:
-        self._delete_accounts(attachment_id)
+    def _set_accounts(self, tid: int, secrets: Mapping[str, str]) -> None:
         for prefix, direction in (
             ('', tgt_wire.INCOMING), ('mutual_', tgt_wire.OUTGOING),
         ):
             if user := secrets.get(f'{prefix}username'):
-                self._tgtd.new_account(user, secrets[f'{prefix}password'])
+                self._new_account(user, secrets[f'{prefix}password'])
                 self._tgtd.bind_account(tid, user, direction)
+
+    def _new_account(self, user: str, password: str) -> None:
+        try:
+            self._tgtd.new_account(user, password)
+        except Refused as refused:
+            if refused.code != tgt_wire.ACCOUNT_EXISTS:
+                raise
+            # What a crash has left; its password may be another.
+            self._tgtd.delete_account(user)
+            self._tgtd.new_account(user, password)
 
     def _delete_accounts(self, attachment_id: str) -> None:
         for user in attachment_id, _mutual(attachment_id):

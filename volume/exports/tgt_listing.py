@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 
-TARGET = re.compile(r'Target (\d+): (\S+)')
+TARGET = re.compile(r'^Target (\d+): (\S+)$', re.MULTILINE)
 SECTION = re.compile(r' {4}(\S.*) information:')
 ENTRY = re.compile(r' {8}(\S.*)')
 FIELD = re.compile(r' {12}([^:]+): (.*)')
@@ -58,17 +59,21 @@ def numbers(attachment_id: str) -> Iterator[int]:
         yield (1 << NUMBER_BITS) | (part % (1 << NUMBER_BITS))
 
 
-def parse(listing: str) -> Iterator[Target]:
-    """Yield the targets of a listing."""
-    target, section, lun = None, '', ''
-    for line in listing.split('\n'):
-        if match := TARGET.fullmatch(line):
-            if target is not None:
-                yield target
-            target, section = Target(int(match[1]), match[2]), ''
-        elif target is None:
-            continue
-        elif match := SECTION.fullmatch(line):
+def parse(listing: str, containing: str = '') -> Iterator[Target]:
+    """Yield the targets of a listing; those whose part contains a text."""
+    starts = [match.start() for match in TARGET.finditer(listing)]
+    for start, end in itertools.pairwise([*starts, len(listing)]):
+        part = listing[start:end]
+        if containing in part:
+            yield _target(part.split('\n'))
+
+
+def _target(lines: list[str]) -> Target:
+    head = TARGET.fullmatch(lines[0])
+    assert head is not None  # found by it
+    target, section, lun = Target(int(head[1]), head[2]), '', ''
+    for line in lines[1:]:
+        if match := SECTION.fullmatch(line):
             section = match[1]
         elif section == 'LUN':
             lun = _lun(target, line, lun)
@@ -77,8 +82,7 @@ def parse(listing: str) -> Iterator[Target]:
                 target.accounts.append(match[1].removesuffix(' (outgoing)'))
             elif section == 'ACL':
                 target.bound.append(match[1])
-    if target is not None:
-        yield target
+    return target
 
 
 def _lun(target: Target, line: str, lun: str) -> str:

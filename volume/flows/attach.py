@@ -271,10 +271,13 @@ def grow(job: Job, size_bytes: int) -> None:
 
 
 def _node(job: Job) -> str:
-    """Return where the volume is open now; nowhere, if nothing exports it."""
+    """Return the service that alone can end the export.
+
+    None, if nothing exports it, or any service reaches what does.
+    """
     if isinstance(job.backend.need(), base.NativeAccess):
         return ''
-    return job.row.owner_host
+    return '' if _exporter(job).node.is_remote else job.row.owner_host
 
 
 def _export(

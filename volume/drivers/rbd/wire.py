@@ -15,9 +15,6 @@ from typing import Any
 from volume import errors
 from volume.drivers.rbd.options import Settings
 
-# What librbd calls the namespace of snapshots that users make.
-USER = 0
-
 
 class Wire:
     """One connection to a cluster. Everything here may block.
@@ -28,7 +25,8 @@ class Wire:
     def __init__(self, settings: Settings) -> None:
         self.rados, self.rbd = load('rados'), load('rbd')
         self.features = sum(
-            getattr(self.rbd, _constant(name)) for name in settings.features
+            getattr(self.rbd, 'RBD_FEATURE_' + name.upper().replace('-', '_'))
+            for name in settings.features
         )
         timeout = str(settings.timeout_s)
         self._cluster = self.rados.Rados(
@@ -113,8 +111,3 @@ def load(name: str) -> Any:
             f'environment, run tools/link_ceph.py ({missing})'
         ) from missing
 
-
-def _constant(feature: str) -> str:
-    return f'RBD_FEATURE_{feature.upper().replace("-", "_")}'.replace(
-        'EXCLUSIVE_LOCK', 'EXCLUSIVE_LOCK'
-    )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several paths to one disk: a map of device-mapper, kept by multipathd.
+
+Most hosts make maps only of what they were told to (``find_multipaths
+strict``), so the volume's WWID is told, and taken back with the last path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from volume import errors
+from volume.node import CommandFailed
+from volume.node import Node
+from volume.node import Op
+
+MAP_S = 15.0
+POLL_S = 0.2
+UUID = 'mpath-'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Map:
+    """A map: its kernel name (``dm-0``), its own, its WWID, its paths."""
+
+    device: str
+    name: str
+    wwid: str
+    paths: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        return f'/dev/mapper/{self.name}'
+
+
+def is_running(node: Node) -> bool:
+    """Say whether this host has a multipathd that answers."""
+    try:
+        node.run('multipathd', 'show', 'daemon')
+    except (CommandFailed, errors.Unavailable):
+        return False
+    return True
+
+
+def over(node: Node, disks: Sequence[str]) -> list[Map]:
+    """Return the maps that have one of the disks as a path."""
+    listed = node.configure([
+        Op.list(f'/sys/block/{disk}/holders') for disk in disks
+    ])
+    holders = sorted({
+        name for names in listed if isinstance(names, list) for name in names
+    })
+    found = [_map(node, device) for device in holders]
+    return [each for each in found if each is not None]
+
+
+def gather(node: Node, wwid: str, disks: Sequence[str]) -> Map:
+    """Return the map of these disks, making it, or adding what it lacks.
+
+    :raises Unavailable: multipathd makes none
+    """
+    _multipath(node, '-a', wwid)
+    late = time.monotonic() + MAP_S
+    while True:
+        found = over(node, disks)
+        has = found[0].paths if found else ()
+        lacking = [disk for disk in disks if disk not in has]
+        if found and not lacking:
+            return found[0]
+        if time.monotonic() > late:
+            break
+        for disk in lacking:
+            with contextlib.suppress(CommandFailed):
+                node.run('multipathd', 'add', 'path', disk)
+        time.sleep(POLL_S)
+    if found:
+        return found[0]  # with fewer paths, which the caller says
+    raise errors.Unavailable(
+        f'multipathd makes no map of {", ".join(disks)} ({wwid}): see '
+        '"multipath -v3", and whether /etc/multipath.conf excludes them'
+    )
+
+
+def part(node: Node, disks: Sequence[str]) -> None:
+    """Take paths out of their map; others carry it on."""
+    for disk in disks:
+        with contextlib.suppress(CommandFailed):
+            node.run('multipathd', 'del', 'path', disk)
+    late = time.monotonic() + MAP_S
+    while over(node, disks):
+        if time.monotonic() > late:
+            raise errors.Unavailable(
+                f'multipathd does not let go of {", ".join(disks)}'
+            )
+        time.sleep(POLL_S)
+
+
+def end(node: Node, found: Map) -> None:
+    """Remove a map whose last paths go.
+
+    :raises Busy: somebody has it open
+    """
+    # Without a path it would keep what is written for ever, and its end
+    # would wait for that.
+    with contextlib.suppress(CommandFailed):
+        node.run('multipathd', 'disablequeueing', 'map', found.name)
+    late = time.monotonic() + MAP_S
+    while node.exists(f'/sys/block/{found.device}/dm/name'):
+        try:
+            node.run('multipath', '-f', found.name)
+        except CommandFailed as failed:
+            if time.monotonic() > late:
+                raise errors.Busy(
+                    f'map {found.name} cannot be removed: {failed}'
+                ) from failed
+            time.sleep(POLL_S)
+    with contextlib.suppress(CommandFailed):
+        _multipath(node, '-w', found.wwid)
+
+
+def resize(node: Node, found: Map) -> None:
+    """Make a map as large as its paths are by now."""
+    try:
+        node.run('multipathd', 'resize', 'map', found.name)
+    except CommandFailed as failed:
+        raise errors.Unavailable(
+            f'map {found.name} cannot be resized: {failed}'
+        ) from failed
+
+
+def _map(node: Node, device: str) -> Map | None:
+    base = f'/sys/block/{device}'
+    name, uuid, paths = node.configure([
+        Op.get(f'{base}/dm/name'), Op.get(f'{base}/dm/uuid'),
+        Op.list(f'{base}/slaves'),
+    ])
+    if not isinstance(uuid, str) or not uuid.startswith(UUID):
+        return None
+    return Map(
+        device, str(name), uuid.removeprefix(UUID),
+        tuple(paths) if isinstance(paths, list) else (),
+    )
+
+
+def _multipath(node: Node, option: str, wwid: str) -> None:
+    node.run('multipath', option, wwid)

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One volume group, and the only door to LVM's commands.
+
+A node may see disks of guests and of other machines. So the disks of a
+group are found by one look at everything, and each command thereafter is
+told to accept these and no other. A report that misses a disk leads to
+another look, for a person may have extended the group.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterable, Sequence
+
+from volume import errors
+from volume.drivers.lvm import meaning
+from volume.drivers.lvm import names
+from volume.drivers.lvm import report
+from volume.drivers.lvm.options import Settings
+from volume.drivers.lvm.report import Lv
+from volume.drivers.lvm.report import Seen
+from volume.drivers.lvm.report import Vg
+from volume.node import CommandFailed
+from volume.node import Node
+
+LOG = logging.getLogger(__name__)
+
+REPORT_BYTES_MAX = 256 << 20
+SETTLE_S = 10
+NOTHING = 'lv_name=""'  # a selection; no logical volume is without a name
+EVERYTHING = ''
+
+_SPECIAL = re.compile(r'[.^$*+?(){}|\\\[\]]')
+
+
+class Group:
+    """A volume group of this backend."""
+
+    def __init__(self, name: str, settings: Settings, node: Node) -> None:
+        self.name = name
+        self.settings = settings
+        self.node = node
+        # Whoever hands extents from one logical volume to another lets
+        # nobody allocate in between.
+        self.allocating = threading.RLock()
+        self._uuid = ''
+        self._filter: tuple[str, ...] = ()
+        self._known: dict[str, str] = {}
+        self._lost: frozenset[str] = frozenset()
+
+    # Finding it.
+
+    def find(self) -> None:
+        """Look at all disks for the group's, and refuse what is not ours.
+
+        :raises Unavailable: it is not there, or there are two
+        :raises Invalid: it belongs to another machine
+        :raises Unsupported: it is shared with other machines
+        """
+        seen = [pv for pv in scan(self.node, self.settings.timeout_s)
+                if pv.vg_name == self.name]
+        if not seen:
+            raise errors.Unavailable(
+                f'this node has no volume group {self.name}: make it '
+                '(vgcreate), connect its disks, or set create and devices'
+            )
+        uuids = sorted({pv.vg_uuid for pv in seen})
+        if len(uuids) > 1:
+            raise errors.Unavailable(
+                f'{len(uuids)} volume groups are called {self.name} '
+                f'({", ".join(uuids)}): rename all but one '
+                '(vgrename UUID NAME)'
+            )
+        self._refuse_foreign(seen[0])
+        self._refuse_duplicates(seen)
+        if self._uuid and self._uuid != uuids[0]:
+            raise errors.Unavailable(
+                f'volume group {self.name} has uuid {uuids[0]}, and had '
+                f'{self._uuid} when this service started: give back the old '
+                'one, or restart the service'
+            )
+        self._uuid = uuids[0]
+        there = {pv.pv_uuid: pv.pv_name for pv in seen if not pv.is_missing}
+        self._known.update(there)
+        self._lost = frozenset(pv.pv_uuid for pv in seen if pv.is_missing)
+        self._filter = tuple(sorted(there.values()))
+
+    def exists(self) -> bool:
+        """Say whether any disk has a group of this name."""
+        return any(
+            pv.vg_name == self.name
+            for pv in scan(self.node, self.settings.timeout_s)
+        )
+
+    def _refuse_foreign(self, pv: Seen) -> None:
+        what = f'volume group {self.name}'
+        if pv.lock_type not in ('', 'none'):
+            raise errors.Unsupported(
+                f'{what} is shared by way of {pv.lock_type} (lvmlockd): '
+                'this driver is for groups of one machine'
+            )
+        if pv.is_exported:
+            raise errors.Invalid(
+                f'{what} is exported to be moved: import it (vgimport)'
+            )
+        if pv.system_id:
+            said = self._run('lvm', 'systemid')
+            own = said.partition(':')[2].strip()
+            if own != pv.system_id:
+                raise errors.Invalid(
+                    f'{what} belongs to the machine with system id '
+                    f'{pv.system_id}, and this one has {own or "none"}: '
+                    'another machine may use it'
+                )
+
+    def _refuse_duplicates(self, seen: Sequence[Seen]) -> None:
+        doubled = sorted(
+            f'{pv.pv_name} ({pv.pv_uuid})' for pv in seen if pv.is_duplicate
+        )
+        if doubled:
+            raise errors.Unavailable(
+                f'volume group {self.name} has a disk twice: '
+                f'{", ".join(doubled)} is a copy of another one; take it '
+                'away, or give it new ids (vgimportclone)'
+            )
+
+    # Asking.
+
+    def look(self, where: str = NOTHING) -> Vg:
+        """Return the group with the logical volumes of a selection.
+
+        :raises Unavailable: LVM does not find the group
+        """
+        if not self._filter:
+            self.find()
+        try:
+            found = self._look(where)
+        except errors.Unavailable:
+            # Its disks may have other names by now.
+            self.find()
+            found = self._look(where)
+        if not found.missing <= self._lost:
+            self.find()
+            found = self._look(where)
+        if found.uuid != self._uuid:
+            raise errors.Unavailable(
+                f'volume group {self.name} is another one than at the start '
+                'of this service'
+            )
+        return found
+
+    def about(self, *ids: str, name: str = '') -> Vg:
+        """Return all that has to do with volumes and snapshots by id."""
+        return self.look(_about(ids, name))
+
+    def missing_words(self, vg: Vg) -> str:
+        """Say which disks are missing; nothing if none is."""
+        return ', '.join(
+            f'{uuid} (last seen as {self._known[uuid]})'
+            if uuid in self._known else uuid for uuid in sorted(vg.missing)
+        )
+
+    def segments(self, name: str) -> tuple[list[str], int]:
+        """Return which extents a logical volume has, and the version."""
+        rows = list(report.read_segments(self._run(
+            'lvs', *self._config(), '--reportformat', 'json',
+            '-o', 'lv_name,seg_pe_ranges,vg_seqno', f'{self.name}/{name}',
+        )))
+        return [ranges for _, ranges, _ in rows], rows[0][2] if rows else -1
+
+    def _look(self, where: str) -> Vg:
+        selected = ('-S', where) if where else ()
+        return report.read_group(self._run(
+            'lvm', 'fullreport', *self._config(), '--reportformat', 'json',
+            '--units', 'b', '--nosuffix', self.name,
+            '--configreport', 'vg', '-o', ','.join(report.VG_FIELDS),
+            '--configreport', 'pv', '-o', ','.join(report.PV_FIELDS),
+            '--configreport', 'lv', '-o', ','.join(report.LV_FIELDS),
+            *selected,
+            '--configreport', 'pvseg', '-o', 'pvseg_start',
+            '-S', 'pvseg_size<0',
+            '--configreport', 'seg', '-o', 'lv_name', '-S', NOTHING,
+        ))
+
+    # Doing.
+
+    def change(self, command: str, *argv: str) -> None:
+        """Run a command that changes the group."""
+        self._run(command, '--yes', *self._config(), *argv)
+
+    def path(self, lv: Lv) -> str:
+        return names.device(self.name, lv.name)
+
+    def activate(self, lv: Lv) -> str:
+        """Have its device, and return the path.
+
+        :raises Unavailable: the device is suspended, or does not come
+        """
+        if lv.is_suspended:
+            raise errors.Unavailable(
+                f'{self.name}/{lv.name} is suspended: a command of LVM was '
+                'ended in the middle (dmsetup resume)'
+            )
+        if not lv.is_active:
+            self.change('lvchange', '-ay', '-K', f'{self.name}/{lv.name}')
+        path = self.path(lv)
+        if not self.node.is_block(path):
+            self.settle()
+            if not self.node.is_block(path):
+                raise errors.Unavailable(
+                    f'{self.name}/{lv.name} is active, and udev has not '
+                    f'made {path}: look at udev'
+                )
+        return path
+
+    def deactivate(self, lv: Lv) -> None:
+        """Take its device away.
+
+        :raises Busy: somebody has it open
+        """
+        if lv.is_active:
+            self.change('lvchange', '-an', f'{self.name}/{lv.name}')
+
+    def refuse_open(self, lv: Lv, verb: str) -> None:
+        """Refuse what somebody has open.
+
+        udev opens what was just closed, for a moment; that is waited for.
+
+        :raises Busy: it is open
+        """
+        if not lv.is_open:
+            return
+        self.settle()
+        now = self.look(f'lv_uuid="{lv.uuid}"').lvs
+        if now and now[0].is_open:
+            raise errors.Busy(
+                f'cannot {verb} {self.name}/{lv.name}: it is open; end who '
+                'uses it first'
+            )
+
+    def rename(self, lv: Lv, role: str) -> str:
+        name = f'{role}-{lv.id}'
+        self.change('lvrename', self.name, lv.name, name)
+        return name
+
+    def remove(self, name: str) -> None:
+        self.change('lvremove', f'{self.name}/{name}')
+
+    def settle(self) -> None:
+        """Wait until udev has done what it has heard of."""
+        try:
+            self.node.run(
+                'udevadm', 'settle', f'--timeout={SETTLE_S}',
+                timeout_s=SETTLE_S + 5,
+            )
+        except CommandFailed as failed:
+            LOG.warning('udev is slow: %s', failed)
+
+    def _config(self) -> tuple[str, str]:
+        accepted = ''.join(f'"a|^{_quoted(path)}$|",' for path in self._filter)
+        return '--config', (
+            f'devices{{use_devicesfile=0 hints="none" '
+            f'filter=[{accepted}"r|.*|"]}}activation{{monitoring=0}}'
+        )
+
+    def _run(self, *argv: str) -> str:
+        return run(self.node, self.settings.timeout_s, *argv)
+
+
+def run(node: Node, timeout_s: float, *argv: str) -> str:
+    """Run a command of LVM, and say what its failure means."""
+    try:
+        return node.run(
+            *argv, timeout_s=timeout_s, output_bytes_max=REPORT_BYTES_MAX
+        )
+    except CommandFailed as failed:
+        doing = ' '.join(argv[:2]) if argv[0] == 'lvm' else argv[0]
+        target = argv[-1] if '/' in argv[-1] else ''
+        raise meaning.mean(failed, f'{doing} {target}'.strip()) from failed
+
+
+def scan(node: Node, timeout_s: float) -> list[Seen]:
+    """Return all disks with LVM on them, as the machine's own filter has it.
+    """
+    return report.read_scan(run(
+        node, timeout_s, 'pvs', '--foreign', '--shared', '--all',
+        '--reportformat', 'json', '-o', ','.join(report.SCAN_FIELDS),
+    ))
+
+
+def _about(ids: Iterable[str], name: str) -> str:
+    parts = [f'lv_name="{name}"'] if name else []
+    for id in ids:
+        parts += [
+            f'lv_tags={{"{kind}:{id}"}}'
+            for kind in ('volume', 'snapshot', 'of')
+        ]
+        parts += [f'lv_name="{role}-{id}"' for role in names.TAGS]
+        parts.append(f'origin="volume-{id}"')
+    return ' || '.join(parts)
+
+
+def _quoted(path: str) -> str:
+    """Return the pattern of one path, in LVM's dialect."""
+    return _SPECIAL.sub(lambda found: f'[{found[0]}]', path)

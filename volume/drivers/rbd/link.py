@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client object: every call of librados and librbd goes through here.
+
+A call is a *question*, which changes nothing, or an *act*; that decides what
+a time-out means. It runs in a native thread, since librbd waits without
+knowing of greenthreads, and its errors become ours by one table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from volume import errors
+from volume import model
+from volume.drivers.rbd import failures
+from volume.drivers.rbd import names
+from volume.drivers.rbd.options import Settings
+from volume.drivers.rbd.wire import Wire
+from volume.node import Node
+
+LOG = logging.getLogger(__name__)
+
+T = TypeVar('T')
+Connect = Callable[[Settings], Wire]
+
+USER, TRASH = 0, 2  # librbd's namespaces of snapshots
+
+
+class Link:
+    """One cluster, connected to when it is needed."""
+
+    def __init__(
+        self, settings: Settings, node: Node, connect: Connect
+    ) -> None:
+        self.settings = settings
+        self.node = node
+        self._connect = connect
+        self._guard = threading.Lock()
+        self._wire: Wire | None = None
+
+    def ask(self, what: str, effect: Callable[[Wire], T]) -> T:
+        """Return what a question answers.
+
+        :raises Unavailable: the cluster does not answer
+        """
+        return self._call(f'ask {what}', effect, is_act=False)
+
+    def do(self, what: str, effect: Callable[[Wire], T]) -> T:
+        """Have an effect on the cluster.
+
+        :raises Unknown: it may have happened
+        """
+        return self._call(what, effect, is_act=True)
+
+    @contextlib.contextmanager
+    def image(
+        self, pool: str, name: str = '', *, id: str = '',
+        snapshot: str | None = None, is_read_only: bool = True,
+    ) -> Iterator[Image]:
+        """Have an image open, by its name or its id.
+
+        Open to be written it has a watch, by which others see it in use.
+
+        :raises NotFound: there is none, or no such snapshot
+        :raises Corrupt: there is one, and a part of it is not
+        """
+        what = f'image {name or id} of pool {pool}'
+        try:
+            raw = self.ask(f'open {name or id}', lambda wire: wire.rbd.Image(
+                wire.ioctx(pool), name or None, snapshot, is_read_only,
+                id or None,
+            ))
+        except errors.NotFound as gone:
+            if snapshot is not None:
+                raise errors.NotFound(
+                    f'{what} has no snapshot {snapshot}, or is not there'
+                ) from gone
+            if name and self._has_header(pool, name):
+                raise errors.Corrupt(
+                    f'{what} cannot be opened: the image that it is a clone '
+                    'of, or a part of itself, is missing'
+                ) from gone
+            raise errors.NotFound(f'there is no {what}') from gone
+        try:
+            yield Image(self, pool, raw, what)
+        finally:
+            self.node.blocking(lambda: _close(raw))
+
+    def _has_header(self, pool: str, name: str) -> bool:
+        """Say whether an image is there but for what it stands on.
+
+        One whose making was cut off has a name, and no header.
+        """
+
+        def look(wire: Wire) -> bool:
+            ioctx = wire.ioctx(pool)
+            try:
+                # Four bytes of length, and the id.
+                image_id = ioctx.read(f'rbd_id.{name}')[4:].decode('ascii')
+                ioctx.stat(f'rbd_header.{image_id}')
+            except wire.rados.ObjectNotFound:
+                return False
+            return True
+
+        return self.ask(f'header {name}', look)
+
+    def _call(
+        self, what: str, effect: Callable[[Wire], T], *, is_act: bool
+    ) -> T:
+        def work() -> T:
+            wire = self._open()
+            try:
+                return effect(wire)
+            except errors.VolumeError:
+                raise
+            except Exception as failed:
+                if not _is_of(failed):
+                    raise
+                if failures.code(failed) in failures.LOST:
+                    self._drop(wire)
+                raise failures.mean(f'rbd {what}', failed, is_act) from failed
+
+        return self.node.act(
+            f'rbd {what}', lambda: self.node.blocking(work)
+        )
+
+    def _open(self) -> Wire:
+        with self._guard:
+            if self._wire is None:
+                try:
+                    self._wire = self._connect(self.settings)
+                except errors.VolumeError:
+                    raise
+                except Exception as failed:
+                    if not _is_of(failed):
+                        raise
+                    raise _no_connection(self.settings, failed) from failed
+            return self._wire
+
+    def _drop(self, wire: Wire) -> None:
+        """Let the next call connect anew; images that are open go on."""
+        with self._guard:
+            if self._wire is wire:
+                self._wire = None
+                LOG.warning('the connection to the cluster is given up')
+
+
+class Image:
+    """An image that is open."""
+
+    def __init__(self, link: Link, pool: str, raw: Any, what: str) -> None:
+        self.link = link
+        self.pool = pool
+        self.what = what
+        self._raw = raw
+
+    def ask(self, what: str, effect: Callable[[Any], T]) -> T:
+        return self.link.ask(what, lambda wire: effect(self._raw))
+
+    def do(self, what: str, effect: Callable[[Any], T]) -> T:
+        return self.link.do(what, lambda wire: effect(self._raw))
+
+    def size(self) -> int:
+        return self.ask('size', lambda raw: int(raw.size()))
+
+    def id(self) -> str:
+        return self.ask('id', lambda raw: str(raw.id()))
+
+    def notes(self) -> dict[str, str]:
+        """Return the metadata."""
+        return self.ask('metadata', lambda raw: dict(raw.metadata_list()))
+
+    def note(self, key: str, value: str) -> None:
+        self.do('metadata_set', lambda raw: raw.metadata_set(key, value))
+
+    def forget(self, *keys: str) -> None:
+        """Remove metadata, as far as it is there; keys may be prefixes."""
+        for key in self.notes():
+            if key.startswith(keys):
+                self.do('metadata_remove', lambda raw, key=key: _gone(
+                    lambda: raw.metadata_remove(key), KeyError))
+
+    def snapshots(self) -> dict[str, int]:
+        """Return name and size of the snapshots that users make."""
+        found = self.ask('snapshots', lambda raw: list(raw.list_snaps()))
+        return {
+            each['name']: each['size'] for each in found
+            if each['namespace'] == USER
+        }
+
+    def has_any_snapshot(self) -> bool:
+        """Say whether there is one, those in the trash included."""
+        return self.ask('snapshots', lambda raw: any(raw.list_snaps()))
+
+    def parent(self) -> tuple[str, str] | None:
+        """Return pool and id of the image that this is a clone of."""
+
+        def look(raw: Any) -> tuple[str, str] | None:
+            try:
+                spec = raw.get_parent_image_spec()
+                return str(spec['pool_name']), str(raw.parent_id())
+            except Exception as failed:
+                if failures.code(failed) == errno.ENOENT:
+                    return None
+                raise
+
+        return self.ask('parent', look)
+
+    def watchers(self) -> list[Mapping[str, Any]]:
+        """Return who has the image open to be written, but for us."""
+
+        def look(wire: Wire) -> list[Mapping[str, Any]]:
+            own = wire.client()
+            return [
+                each for each in wire.watchers(self._raw)
+                if each['id'] != own
+            ]
+
+        return self.link.ask('watchers', look)
+
+    def remove_snapshot(self, name: str) -> None:
+        self.do('remove_snap', lambda raw: raw.remove_snap(name))
+
+
+def is_whole(volume: model.Volume, notes: Mapping[str, str]) -> bool:
+    """Say whether the image was made to its end, and is this volume's."""
+    return notes.get(names.ID) == volume.id
+
+
+def _is_of(failed: Exception) -> bool:
+    """Say whether it is an exception of one of the two libraries."""
+    return type(failed).__module__ in ('rados', 'rbd')
+
+
+def _gone(effect: Callable[[], None], kind: type[Exception]) -> None:
+    with contextlib.suppress(kind):
+        effect()
+
+
+def _close(raw: Any) -> None:
+    try:
+        raw.close()
+    except Exception as failed:
+        # Nothing waits in a cache, so nothing is lost.
+        LOG.debug('an image was not closed: %s', failed)
+
+
+def _no_connection(
+    settings: Settings, failed: Exception
+) -> errors.VolumeError:
+    who = f'client.{settings.user} by {settings.conf}'
+    if failures.code(failed) in (errno.EPERM, errno.EACCES):
+        return errors.Denied(
+            f'the cluster refuses {who}: make the user, and see that its '
+            'keyring is the one that the file names'
+        )
+    if failures.code(failed) == errno.ENOENT:
+        return errors.Unavailable(
+            f'cannot connect as {who}: the file, or the keyring that it '
+            'names, is not there'
+        )
+    return errors.Unavailable(
+        f'cannot connect as {who}: {type(failed).__name__} '
+        f'{failures.code(failed)}'
+    )
