@@ -18,6 +18,7 @@ from volume.testing import repeat_exports
 
 class TgtTest(repeat_exports.ExporterFaultSuite, unittest.TestCase):
 
+    is_thorough = bool(os.environ.get('VOLUME_PROOF'))
     is_restored = False
 
     def setUp(self):

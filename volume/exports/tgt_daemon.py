@@ -77,7 +77,7 @@ class Daemon:
         """End our own one with everything that it exports."""
         if self._is_ours and (record := self._record()):
             # It ignores the polite signal while it has targets.
-            self._node.end(record, timeout_s=0.1)
+            self._node.end(record, timeout_s=0.0)
 
     # Ours alone.
 
@@ -97,7 +97,7 @@ class Daemon:
         if there != wanted:
             # One that could not listen where it was told to listens on all
             # addresses of the machine instead.
-            self._node.end(record, timeout_s=0.1)
+            self._node.end(record, timeout_s=0.0)
             missing = ', '.join(sorted(wanted - there)) or 'no more'
             raise errors.Unavailable(
                 f'{PROGRAM} cannot listen on {missing}: {self._said()}'

@@ -42,10 +42,12 @@ STATE_PATH = '/var/lib/volume-node'
 THREADS_MAX = 64
 END_S = 5.0
 SWEEP_S = 86400.0
-FILE_VERBS = frozenset({
-    'size', 'pread_into', 'pwrite', 'truncate', 'punch', 'zero_out', 'find',
-    'begin_sync', 'sync', 'close',
-})
+FILE_VERBS = {
+    'size': 'size', 'pread_into': 'read', 'pwrite': 'write',
+    'truncate': 'truncate', 'punch': 'punch', 'zero_out': 'zero',
+    'find': 'find', 'begin_sync': 'begin to sync', 'sync': 'sync',
+    'close': 'close',
+}
 # What these do ends nothing and waits for nothing: done at once, in order.
 INLINE = frozenset({'ping', 'cancel', 'release'})
 
@@ -101,7 +103,7 @@ class Agent:
         self._tickets = Tickets(self._node.lock_dir)
         self._guard = threading.Lock()
         self._numbers = 0
-        self._files: dict[int, Opened] = {}
+        self._files: dict[int, tuple[Opened, str]] = {}
         self._turns: dict[int, tuple[Turn, contextlib.ExitStack]] = {}
         self._requests: dict[Any, Request] = {}
         self._work: SimpleQueue[Request] = SimpleQueue()
@@ -248,29 +250,27 @@ class Agent:
         )
         with self._guard:
             self._numbers += 1
-            self._files[self._numbers] = opened
+            self._files[self._numbers] = opened, path
             return [self._numbers, opened.readable, opened.writable]
 
     def _do_file(self, verb: str, request: Request) -> Any:
         number, *args = request.args
+        take = self._files.pop if verb == 'close' else self._files.get
         with self._guard:
-            if verb == 'close':
-                opened = self._files.pop(number, None)
-            else:
-                opened = self._files.get(number)
+            opened, path = take(number, (None, ''))
         if opened is None:
             raise errors.Unavailable('the file was closed: nothing was done')
         if verb == 'pread_into':
             length, offset = args
             buffer = bytearray(min(length, wire.PAYLOAD_BYTES_MAX))
             count = self._node._file_act(
-                verb, '', lambda: opened.pread_into(buffer, offset)
+                'read', path, lambda: opened.pread_into(buffer, offset)
             )
             return memoryview(buffer)[:count]
         if verb == 'pwrite':
             args = [request.payload, *args]
         return self._node._file_act(
-            verb, '', lambda: getattr(opened, verb)(*args)
+            FILE_VERBS[verb], path, lambda: getattr(opened, verb)(*args)
         )
 
     def _run(

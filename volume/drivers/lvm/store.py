@@ -25,7 +25,6 @@ from volume.drivers.lvm.report import Vg
 LOG = logging.getLogger(__name__)
 
 EXTENTS_MAX = (1 << 32) - 1
-VG_METADATA_LOW_PERCENT = 5
 
 Thing = model.Volume | model.Snapshot
 
@@ -299,10 +298,9 @@ class Store(abc.ABC):
                 'what lies on other disks can be read and written, and '
                 'nothing can be made'
             )
-        left = 200 * vg.metadata_free_bytes  # half of the area can be used
-        if vg.metadata_bytes and left < (
-            VG_METADATA_LOW_PERCENT * vg.metadata_bytes
-        ):
+        low = (100 - self.settings.metadata_high_percent) / 100
+        # Half of the area can be used: the other has the next version.
+        if vg.metadata_free_bytes < low * vg.metadata_bytes / 2:
             raise errors.NoSpace(
                 f'the metadata of volume group {vg.name} is nearly full '
                 f'({vg.metadata_free_bytes} bytes are left): delete '

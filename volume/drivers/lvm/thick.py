@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thick volumes: all of their space at once, and all of it made zero.
+
+Extents that LVM hands out hold what their last owner wrote. So a volume is
+a draft until zeros were written over all of it; one that grows gets extents
+that were zeroed under another name before; and what goes is renamed, wiped
+and only then removed. Writing through a snapshot would only copy, so the
+area of one is split off first, and wiped by itself.
+"""
+
+from __future__ import annotations
+
+from volume import errors
+from volume import model
+from volume.drivers import base
+from volume.drivers.lvm import store
+from volume.drivers.lvm import wiping
+from volume.drivers.lvm.report import Lv
+from volume.drivers.lvm.report import Vg
+
+COW_CHUNKS = 256  # exceptions of a snapshot that one chunk of tables holds
+COW_HEADER_BYTES = 1 << 16
+TRIES = 3
+
+
+class Thick(store.Store):
+    """A group whose volumes are linear."""
+
+    lacks = frozenset({'Clone', 'Extents', 'Revert'})
+
+    def check(self, may_format: bool) -> None:
+        self.group.find()
+        vg = self.group.look()
+        self.note(
+            f'misses {self.group.missing_words(vg)}' if vg.missing else ''
+        )
+
+    def pool(self) -> model.Pool:
+        vg = self.group.look()
+        return model.Pool(
+            vg.name, vg.size_bytes, 0 if vg.missing else vg.free_bytes,
+            thin=False, granularity_bytes=vg.extent_bytes,
+            features=base.features(_driver()) - self.lacks,
+            max_volume_bytes=self.max_bytes(vg), device=f'vg:{vg.uuid}',
+        )
+
+    def check_kind(self, lv: Lv) -> None:
+        if 'thin' in lv.layout:
+            raise errors.Invalid(
+                f'{lv.name} is thin, and this backend is thick'
+            )
+
+    # Volumes.
+
+    def create(self, volume: model.Volume) -> str:
+        vg = self.group.about(volume.id)
+        count = self.extents(vg, volume.size_bytes, f'volume {volume.id}')
+        if (there := self.has(vg, volume)) is not None:
+            return there.name
+        if (old := vg.ours('deleted', volume.id)) is not None:
+            self._end(old)
+        draft = vg.ours('draft', volume.id)
+        if draft and draft.size_bytes != count * vg.extent_bytes:
+            self.group.remove(draft.name)
+            draft = None
+        if draft is None:
+            draft = self._allocate(
+                vg, volume.id, 'draft', count, store.new_tags(volume)
+            )
+        path = self.group.activate(draft)
+        if self.settings.wipes_new:
+            wiping.wipe(self.node, path, 0, draft.size_bytes)
+        return self.group.rename(draft, 'volume')
+
+    def delete(self, volume: model.Volume) -> None:
+        vg = self.group.about(volume.id)
+        self.refuse_snapshots(vg, volume.id)
+        for lv in vg.lvs:
+            if lv.role == 'deleted' and lv.of == volume.id:
+                self._end(lv)
+        if (old := vg.ours('deleted', volume.id)) is not None:
+            self._end(old)
+        for role in 'draft', 'tail':
+            # Nobody has written to these but we, and that was zeros.
+            if (left := vg.ours(role, volume.id)) is not None:
+                self.group.remove(left.name)
+        lv = vg.ours('volume', volume.id)
+        if lv is not None:
+            self.group.refuse_open(lv, 'delete')
+            self.group.deactivate(lv)
+            self.group.rename(lv, 'deleted')
+            gone = self.group.about(volume.id).ours('deleted', volume.id)
+            assert gone is not None
+            self._end(gone)
+
+    def _end(self, lv: Lv) -> None:
+        """Wipe what is called deleted, and remove it."""
+        if lv.is_thick_snapshot:
+            self.group.change(
+                'lvconvert', '--splitsnapshot',
+                f'{self.group.name}/{lv.name}',
+            )
+            lv = self._again(lv)
+        if self.settings.wipes_old:
+            if lv.is_read_only:
+                self.group.change(
+                    'lvchange', '-prw', f'{self.group.name}/{lv.name}'
+                )
+            path = self.group.activate(lv)
+            wiping.wipe(self.node, path, 0, lv.stored_bytes)
+        self.group.remove(lv.name)
+
+    # Growth.
+
+    def resize(self, volume: model.Volume, size_bytes: int) -> None:
+        vg = self.group.about(volume.id)
+        lv = self.need(vg, volume)
+        count = self.extents(vg, size_bytes, f'volume {volume.id}')
+        wanted = count * vg.extent_bytes
+        if wanted < lv.size_bytes:
+            raise errors.Invalid(
+                f'volume {volume.id} has {lv.size_bytes} bytes: it cannot '
+                f'shrink to {size_bytes}'
+            )
+        if (left := vg.ours('tail', volume.id)) is not None:
+            self.group.remove(left.name)
+        if wanted == lv.size_bytes:
+            return
+        if lv.layout != {'linear'}:
+            raise errors.Unsupported(
+                f'{lv.name} is {"/".join(sorted(lv.layout))}, and was made '
+                'by somebody else: such a volume cannot be extended here'
+            )
+        if any(each.origin == lv.name for each in vg.lvs):
+            # LVM extends an origin of snapshots only while it is inactive.
+            self.group.refuse_open(lv, 'extend, as it has snapshots,')
+            self.group.deactivate(lv)
+        more = count - lv.size_bytes // vg.extent_bytes
+        for _ in range(TRIES):
+            if self._grow(vg, lv, more):
+                return
+        raise errors.Unavailable(
+            f'volume {volume.id} was not extended: others took its extents '
+            f'{TRIES} times'
+        )
+
+    def _grow(self, vg: Vg, lv: Lv, count: int) -> bool:
+        """Add extents that are zero; say if nobody was in between.
+
+        They are freed and taken in two commands. Of this process nobody
+        else allocates meanwhile; of others the group's version tells. If
+        one did, the tail is zeroed where it is, as nobody knows of it yet.
+        """
+        tail = self._allocate(
+            vg, lv.id, 'tail', count, ['--addtag', f'volume:{lv.id}']
+        )
+        if self.settings.wipes_new:
+            path = self.group.activate(tail)
+            wiping.wipe(self.node, path, 0, tail.size_bytes)
+            self.group.deactivate(self._again(tail))
+        name, before = f'{vg.name}/{lv.name}', lv.size_bytes
+        with self.group.allocating:
+            ranges, version = self.group.segments(tail.name)
+            self.group.remove(tail.name)
+            try:
+                self.group.change(
+                    'lvextend', '-l', f'+{count}', name, *ranges
+                )
+            except errors.NoSpace:
+                return False
+        found = self.group.about(lv.id)
+        grown = self.need(found, model.Volume(lv.id, vg.name, 0))
+        if self.settings.wipes_new and found.seqno != version + 2:
+            path = self.group.activate(grown)
+            wiping.wipe(self.node, path, before, grown.size_bytes)
+        return True
+
+    # Snapshots.
+
+    def snapshot(self, snapshot: model.Snapshot) -> str:
+        vg = self.group.about(snapshot.volume.id, snapshot.id)
+        name = f'snap-{snapshot.id}'
+        if vg.ours('snap', snapshot.id) is not None:
+            return name
+        lv = self.need(vg, snapshot.volume)
+        self.refuse_taken(vg, name)
+        if (old := vg.ours('deleted', snapshot.id)) is not None:
+            self._end(old)
+        kept = lv.size_bytes * self.settings.snapshot_percent // 100
+        kept += kept // COW_CHUNKS + COW_HEADER_BYTES
+        count = -(-kept // vg.extent_bytes)
+        self._refuse_full(vg, count, f'snapshot {snapshot.id}')
+        with self.group.allocating:
+            self.group.change(
+                'lvcreate', '-s', '-n', name, '-l', str(count), '-pr', '-ky',
+                '--addtag', f'snapshot:{snapshot.id}',
+                '--addtag', f'of:{snapshot.volume.id}',
+                f'{vg.name}/{lv.name}',
+            )
+        return name
+
+    def delete_snapshot(self, snapshot: model.Snapshot) -> None:
+        vg = self.group.about(snapshot.id)
+        lv = vg.ours('snap', snapshot.id)
+        if lv is not None:
+            self.group.refuse_open(lv, 'delete')
+            self.group.rename(lv, 'deleted')
+            vg = self.group.about(snapshot.id)
+        if (gone := vg.ours('deleted', snapshot.id)) is not None:
+            self._end(gone)
+
+    # In the background.
+
+    def upkeep(self) -> bool:
+        """Extend one snapshot that fills up, or end what was deleted."""
+        high = self.settings.extend_percent
+        if self.settings.snapshot_percent < 100 and high < 100:
+            vg = self.group.look('lv_role=thicksnapshot')
+            for lv in vg.lvs:
+                if lv.role == 'snap' and not lv.is_invalid and (
+                    (lv.data_percent or 0) >= high
+                ) and lv.stored_bytes < lv.size_bytes:
+                    self._extend_snapshot(vg, lv)
+                    return True
+        left = self.group.look('lv_name=~"^deleted-"')
+        for lv in left.lvs:
+            if lv.role == 'deleted' and not lv.is_open:
+                self._end(lv)
+                return True
+        return False
+
+    def _extend_snapshot(self, vg: Vg, lv: Lv) -> None:
+        by = lv.stored_bytes * self.settings.extend_by_percent // 100
+        count = max(1, by // vg.extent_bytes)
+        with self.group.allocating:
+            self.group.change(
+                'lvextend', '-l', f'+{count}', f'{vg.name}/{lv.name}'
+            )
+
+    # Ours alone.
+
+    def _allocate(
+        self, vg: Vg, id: str, role: str, count: int, tags: list[str]
+    ) -> Lv:
+        """Make a logical volume with whatever bytes lie there."""
+        self._refuse_full(vg, count, f'volume {id}')
+        self.refuse_taken(vg, f'{role}-{id}')
+        with self.group.allocating:
+            # No signature is looked for, and no first page zeroed: all of
+            # it will be.
+            self.group.change(
+                'lvcreate', '-n', f'{role}-{id}', '-l', str(count), *tags,
+                '-ky', '-Wn', '-Zn', vg.name,
+            )
+        made = self.group.about(id).ours(role, id)
+        if made is None:
+            raise errors.Unknown(f'{vg.name}/{role}-{id} was made, and is '
+                                 'not there: look at the group')
+        return made
+
+    def _refuse_full(self, vg: Vg, count: int, what: str) -> None:
+        self.refuse_trouble(vg)
+        if vg.free_bytes < count * vg.extent_bytes:
+            raise errors.NoSpace(
+                f'{what} takes {count * vg.extent_bytes} bytes, and volume '
+                f'group {vg.name} has {vg.free_bytes} free'
+            )
+
+    def _again(self, lv: Lv) -> Lv:
+        found = self.group.look(f'lv_uuid="{lv.uuid}"').lvs
+        if not found:
+            raise errors.Unavailable(
+                f'{self.group.name}/{lv.name} went away while we worked on '
+                'it: somebody else is at it'
+            )
+        return found[0]
