@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import XenAPI
 
 from volume.sim.xapi.pool import Pool
-from volume.sim.xapi.sessions import User
+from volume.sim.xapi.state.sessions import User
 from volume.sim.xapi.world import World
 
 GIB = 1 << 30

@@ -10,12 +10,12 @@ from tests import xensm
 from volume import model
 from volume.connector.xensm import XenSmConnector
 from volume.connector.xensm_host import XenHost
-from volume.drivers.xensm import calls
-from volume.drivers.xensm import poolfile
-from volume.drivers.xensm.link import Link
 from volume.node import Node
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects.guests import guests
 from volume.testing import fixtures
+from volume.xenapi import calls
+from volume.xenapi import poolfile
+from volume.xenapi.link import Link
 
 
 class ComputeHost:

@@ -42,12 +42,12 @@ from service_process import Json
 from volume import ids
 from volume import model
 from volume.cli.client import Client
-from volume.drivers.xensm import options as settings_of
 from volume.drivers.xensm.driver import XenSmDriver
-from volume.drivers.xensm.link import Link
 from volume.flows import fill
 from volume.testing import fixtures
 from volume.transfer.file import FileSource
+from volume.xenapi import options as settings_of
+from volume.xenapi.link import Link
 
 MIB = model.MIB
 DISK_BYTES = 2048 * MIB

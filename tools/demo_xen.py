@@ -28,10 +28,10 @@ from service_process import until
 from volume import model
 from volume.connector.xensm import XenSmConnector
 from volume.connector.xensm_host import XenHost
-from volume.drivers.xensm import plugs
-from volume.drivers.xensm import poolfile
-from volume.drivers.xensm.link import Link
 from volume.node import Node
+from volume.xenapi import plugs
+from volume.xenapi import poolfile
+from volume.xenapi.link import Link
 
 START_S = 60.0
 FILER, EXPORT, VOLUMES = 'filer', '/export', '/volumes'

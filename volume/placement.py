@@ -50,20 +50,25 @@ class Wish:
     pool: str = ''
 
 
-# Each filter is a name for the operator and a question about one pool.
+# Each filter is a question about one pool, and what a person is told of the
+# pools whose answer is no.
 FILTERS = (
-    ('state', lambda pool, wish: pool.is_up and pool.enabled),
-    ('silent', lambda pool, wish: pool.is_heard),
-    ('backend', lambda pool, wish: wish.backend in ('', pool.backend)),
-    ('pool', lambda pool, wish: wish.pool in ('', pool.name)),
-    ('project', lambda pool, wish:
+    ('down or disabled', lambda pool, wish: pool.is_up and pool.enabled),
+    ('not heard of lately', lambda pool, wish: pool.is_heard),
+    ('of another backend', lambda pool, wish:
+        wish.backend in ('', pool.backend)),
+    ('of another name', lambda pool, wish: wish.pool in ('', pool.name)),
+    ('for other projects', lambda pool, wish:
         not pool.projects or wish.project_id in pool.projects),
-    ('tags', lambda pool, wish: wish.tags <= pool.tags),
-    ('features', lambda pool, wish: wish.features <= pool.features),
-    ('role', lambda pool, wish: wish.role in ('', pool.role)),
-    ('cluster', lambda pool, wish: pool.cluster in ('', wish.cluster)),
-    ('size', lambda pool, wish: wish.size_bytes <= pool.max_volume_bytes),
-    ('capacity', lambda pool, wish:
+    ('without the tags', lambda pool, wish: wish.tags <= pool.tags),
+    ('without the features', lambda pool, wish:
+        wish.features <= pool.features),
+    ('of another role', lambda pool, wish: wish.role in ('', pool.role)),
+    ('of another cluster', lambda pool, wish:
+        pool.cluster in ('', wish.cluster)),
+    ('for smaller volumes only', lambda pool, wish:
+        wish.size_bytes <= pool.max_volume_bytes),
+    ('without room for it', lambda pool, wish:
         claim_bytes(pool, wish) <= pool.unclaimed_bytes),
 )
 
@@ -85,10 +90,10 @@ def choose(pools: Iterable[Candidate], wish: Wish) -> Candidate:
             'no pool fits: there is none; see "volume backends"'
         )
     trace = []
-    for name, fits in FILTERS:
+    for words, fits in FILTERS:
         kept = [pool for pool in left if fits(pool, wish)]
         if len(kept) < len(left):
-            trace.append(f'{name} -{len(left) - len(kept)}')
+            trace.append(f'{len(left) - len(kept)} {words}')
         left = kept
     if not left:
         raise errors.NoSpace(

@@ -16,10 +16,10 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from volume.sim.xapi import datamodel
-from volume.sim.xapi import generic
-from volume.sim.xapi import profiles
 from volume.sim.xapi import registry
+from volume.sim.xapi.published import datamodel
+from volume.sim.xapi.published import generic
+from volume.sim.xapi.published import profiles
 
 
 class Profiles(SphinxDirective):

@@ -15,8 +15,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from volume.drivers.xensm import calls
-from volume.drivers.xensm import kinds
+from volume.xenapi import calls
+from volume.xenapi import kinds
 
 # What is shown for what a storage driver declares.
 CAN = {

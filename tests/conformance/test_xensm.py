@@ -15,7 +15,7 @@ from tests import xapi
 from tests import xensm
 from volume import model
 from volume.drivers import base
-from volume.sim.xapi import profiles
+from volume.sim.xapi.published import profiles
 from volume.testing import conformance
 from volume.testing import fixtures
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import XenAPI
 
 from tests import xapi
-from volume.sim.xapi.sessions import User
+from volume.sim.xapi.state.sessions import User
 
 DEAD = 'OpaqueRef:00000000-0000-0000-0000-000000000000'
 USERS = {
@@ -56,7 +56,7 @@ class Sessions(Calls):
         self.assertNotIn('wrong', str(details))
 
     def test_the_delay_is_five_seconds_unless_told_otherwise(self):
-        from volume.sim.xapi.limits import Limits
+        from volume.sim.xapi.state.limits import Limits
         self.assertEqual(5.0, Limits().auth_delay_s)
 
     def test_a_slave_names_the_master_to_who_logs_in(self):

@@ -11,8 +11,8 @@ import time
 from tests import xapi
 from tests.integration.xapi_case import Case
 from tests.integration.xapi_case import MIB
-from volume.sim.xapi import cbt
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.disk import cbt
+from volume.sim.xapi.objects.guests import guests
 
 BLOCK = 64 << 10
 SIZE = 16 * MIB

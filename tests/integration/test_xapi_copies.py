@@ -7,7 +7,7 @@ from tests import xapi
 from tests.integration.xapi_case import Case
 from tests.integration.xapi_case import MIB
 from volume.sim.xapi.faults import Fault
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects.guests import guests
 
 NULL = 'OpaqueRef:NULL'
 

@@ -23,8 +23,8 @@ from tests import xapi
 from tests.integration.xapi_case import Case
 from tests.integration.xapi_case import MIB
 from volume.sim.xapi.faults import Fault
-from volume.sim.xapi.guests import guests
-from volume.sim.xapi.sessions import User
+from volume.sim.xapi.objects.guests import guests
+from volume.sim.xapi.state.sessions import User
 
 IO_ERROR = ['VDI_IO_ERROR', 'Device I/O errors']
 
@@ -444,7 +444,7 @@ class Out(Case):
         self.left(self.disk)
 
     def test_dom0_lets_go_a_while_after_the_task(self):
-        guests(self.pool).linger_s = 0.3
+        guests(self.pool).linger_s = 2.0
         self.get(self.disk)
         vbd, = self.x.VDI.get_VBDs(self.disk)
         row = self.x.VBD.get_record(vbd)

@@ -7,7 +7,7 @@ import unittest
 from tests import xapi
 from tests.integration.xapi_storage_case import MIB
 from tests.integration.xapi_storage_case import VdiCase
-from volume.sim.xapi import profiles
+from volume.sim.xapi.published import profiles
 
 
 class TestChains(VdiCase):

@@ -6,7 +6,7 @@ import threading
 from tests import xapi
 from tests.integration.xapi_case import Case
 from tests.integration.xapi_case import MIB
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects.guests import guests
 
 
 class Create(Case):

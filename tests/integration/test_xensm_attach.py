@@ -14,13 +14,13 @@ from tests.xensm_hosts import write_poolfile
 from volume import errors
 from volume import ids
 from volume import model
-from volume.drivers.xensm import plugs
 from volume.drivers.xensm.driver import XenSmDriver
-from volume.drivers.xensm.options import lines
 from volume.sim.xapi.faults import Fault
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects.guests import guests
 from volume.testing import fixtures
 from volume.testing import workbench
+from volume.xenapi import plugs
+from volume.xenapi.options import lines
 
 MIB = model.MIB
 NFS = {'server': 'filer', 'serverpath': '/export'}

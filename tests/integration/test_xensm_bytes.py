@@ -16,14 +16,14 @@ from tests import xensm
 from volume import errors
 from volume import ids
 from volume import model
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.options import read
-from volume.drivers.xensm.options import Settings
 from volume.flows import fill
 from volume.testing import fixtures
 from volume.testing import workbench
 from volume.testing.workbench import pattern
 from volume.transfer.file import FileSource
+from volume.xenapi.link import Link
+from volume.xenapi.options import read
+from volume.xenapi.options import Settings
 
 MIB = model.MIB
 SIZE = 4 * MIB
@@ -138,6 +138,57 @@ class WayTest(Case):
                 handler in record['name_label']
                 for record in xenapi.task.get_all_records().values()
             )
+
+
+class ReadBackTest(Case):
+    """What was sent is compared with what is there."""
+
+    FAR = 100 * MIB
+
+    def fill(self, driver: xensm.XenSmDriver, wrong_at: int) -> None:
+        """Fill a volume, of which a byte is lost before it is read back."""
+        volume = self.volume(driver, 128 * MIB)
+        link = driver._open()[1]
+        uuid = driver.inspect(volume).handle
+        sr = self.simulator.rows.by_uuid('SR', self.sr_uuid)
+
+        def lose(method: str) -> None:
+            # How to read it is asked for when all of it was sent.
+            if method == 'VDI.get_nbd_info' and self.is_sent:
+                manager = self.simulator.sm.manager(sr)
+                with manager.open(uuid, True) as disk:
+                    disk.pwrite(wrong_at, b'?')
+
+        self.is_sent = False
+        link.records.append(lose)
+        runs = [
+            model.Extent(0, MIB, False),
+            model.Extent(MIB, self.FAR - MIB, True),
+            model.Extent(self.FAR, MIB, False),
+            model.Extent(self.FAR + MIB, 27 * MIB, True),
+        ]
+        with driver.writer(volume) as writer:
+            writer.expect(runs)
+            for at in 0, self.FAR:
+                writer.seek(at)
+                writer.write(b'x' * MIB)
+            self.is_sent = True
+            writer.commit()
+
+    def test_byte_that_is_wrong_is_found(self) -> None:
+        self.make()
+        last = self.FAR + MIB - 1
+        for wrong_at, options in (
+            (0, {}), (last, {'read_back': 'whole'}),
+        ):
+            with self.subTest(wrong_at, **options):
+                with self.assertRaisesRegex(errors.Corrupt, 'not those'):
+                    self.fill(self.driver(**options), wrong_at)
+        # Without NBD nobody looks so far, unless it is asked for.
+        self.fill(self.driver(), last)
+        xensm.serve_nbd(self.simulator)
+        with self.assertRaisesRegex(errors.Corrupt, 'not those'):
+            self.fill(self.driver(), last)
 
 
 class SparseTest(Case):

@@ -19,7 +19,7 @@ from volume import progress
 from volume.drivers.xensm.driver import XenSmDriver
 from volume.node import Node
 from volume.sim.xapi.faults import Fault
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects.guests import guests
 from volume.testing import faults
 from volume.testing import fixtures
 from volume.testing import workbench

@@ -20,9 +20,11 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume.cli import manage_xensm
+from volume.drivers.xensm import probing
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.driver import XenSmDriver
 from volume.testing import fixtures
+from volume.xenapi import kinds
 
 GIB = model.GIB
 
@@ -178,6 +180,59 @@ class Probing(Case):
         self.assertIn('location=/srv/disks', told)
 
 
+class ProbingGfs2(unittest.TestCase):
+    """By the published form of the answers: the driver itself is closed."""
+
+    def setUp(self):
+        self.calls = []
+        self.answer = []
+
+    def call(self, method, *args):
+        """Answer as a pool; this is the link."""
+        if method == 'pool.get_all_records':
+            return {'OpaqueRef:pool': {'master': 'OpaqueRef:host'}}
+        self.calls.append((method, args[1]))
+        return self.answer
+
+    def step(self, **config):
+        return probing.step(self, kinds.find('gfs2'), config)
+
+    def test_nothing_is_asked_before_the_provider_is_known(self):
+        step = self.step()
+        self.assertEqual(
+            ('provider', ['iscsi', 'hba', 'fcoe'], []),
+            (step.key, step.choices(), self.calls))
+
+    def test_what_is_not_complete_offers_its_next_key(self):
+        self.answer = [
+            {'configuration': {'provider': 'hba', 'SCSIid': scsi_id},
+             'complete': False, 'sr': [], 'extra_info': {'size': '5'}}
+            for scsi_id in ('36001', '36002')
+        ]
+        step = self.step(provider='hba')
+        self.assertEqual(
+            [('SR.probe_ext', {'provider': 'hba'})], self.calls)
+        self.assertEqual(('SCSIid', ['36001', '36002'], ()), (
+            step.key, step.choices(), step.srs))
+        self.assertEqual('5', step.rows[0]['size'])
+
+    def test_sr_that_is_there_is_told(self):
+        config = {'provider': 'hba', 'SCSIid': '36001'}
+        for sr in [{'uuid': 'u', 'name_label': 'n'}], {'uuid': 'u'}:
+            self.answer = [{
+                'configuration': config, 'complete': True, 'sr': sr,
+                'extra_info': {},
+            }]
+            step = self.step(**config)
+            self.assertEqual(('', ['u']), (
+                step.key, [each['UUID'] for each in step.srs]))
+        self.answer = [{
+            'configuration': config, 'complete': True, 'sr': [],
+            'extra_info': {},
+        }]
+        self.assertEqual(probing.Step(), self.step(**config))
+
+
 class LookingAfter(Case):
 
     def setUp(self):
@@ -319,6 +374,39 @@ class Checking(Case):
         driver.check()
         self.assertEqual(sorted([*before, 'new']), self.srs())
         self.assertEqual(0, self.run_manage(section, 'check')[0])
+
+    def test_nothing_is_plugged_in_until_the_service_starts(self):
+        uuid = xapi.nfs_sr(self.pool)
+
+        def plugged():
+            with xensm.session(self.pool) as xenapi:
+                return [
+                    each['currently_attached']
+                    for each in xenapi.PBD.get_all_records().values()
+                ]
+
+        with xensm.session(self.pool) as xenapi:
+            for pbd in xenapi.SR.get_PBDs(xenapi.SR.get_by_uuid(uuid)):
+                xenapi.PBD.unplug(pbd)
+        section = f'password = secret\nsr_uuid = {uuid}'
+        code, told = self.run_manage(section, 'check')
+        self.assertEqual(1, code)
+        self.assertIn('the service plugs it in when it starts', told)
+        self.assertEqual([False, False], plugged())
+        XenSmDriver(self.group(sr_uuid=[uuid]), self.node).check()
+        self.assertEqual([True, True], plugged())
+        self.assertEqual(0, self.run_manage(section, 'check')[0])
+
+    def test_keys_in_one_line_are_told_to_have_lines_of_their_own(self):
+        _, told = self.run_manage(
+            'password = secret\nsr_name = new\nsr_type = lvmoiscsi\n'
+            'create = true\n'
+            'device_config = target=192.0.2.5,targetIQN=iqn.x:y, '
+            'SCSIid=36001,chappassword=hush', 'check')
+        self.assertIn('needs targetIQN, SCSIid; targetIQN seems to stand in '
+                      'the value of target', told)
+        self.assertIn('an indented line of its own', told)
+        self.assertNotIn('hush', told)
 
     def test_sr_of_another_type_than_the_section_says_is_refused(self):
         uuid = xapi.nfs_sr(self.pool)

@@ -25,7 +25,7 @@ from tests.xensm_hosts import make_vm
 from tests.xensm_hosts import write_poolfile
 from volume import errors
 from volume import ids
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects.guests import guests
 from volume.testing import fixtures
 
 MIB = 1 << 20

@@ -13,12 +13,14 @@ from tests import xensm
 from volume import errors
 from volume import ids
 from volume import model
-from volume.drivers.xensm import srs
 from volume.drivers.xensm.driver import XenSmDriver
-from volume.drivers.xensm.options import lines
 from volume.sim.xapi.faults import Fault
+from volume.sim.xapi.published.datamodel import ROLES
+from volume.sim.xapi.state.sessions import User
 from volume.testing import faults
 from volume.testing import fixtures
+from volume.xenapi import srs
+from volume.xenapi.options import lines
 
 # A lost reply is tried everywhere in the long run only.
 KINDS = ('crash', 'lost') if os.environ.get('VOLUME_PROOF') else ('crash',)
@@ -338,6 +340,35 @@ class Existing(Case):
         self.assertEqual(2, len(driver.pools()))
         self.assertEqual(self.handle, driver.inspect(self.volume).handle)
 
+    def test_sr_of_the_name_that_lies_elsewhere_is_refused(self):
+        with xensm.session(self.pool) as xenapi:
+            xenapi.SR.set_name_label(
+                xenapi.SR.get_by_uuid(self.uuid), 'volumes')
+        before = self.plugged()
+        for config in (
+            {**NFS, 'server': 'other'}, {**NFS, 'serverpath': '/exports/b'},
+        ):
+            for create in False, True:
+                with self.subTest(config, create=create):
+                    driver = self.maker(config=config, create=create)
+                    with self.assertRaisesRegex(
+                        errors.Invalid, 'device_config has .* reach SR'
+                    ):
+                        driver.check()
+        self.assertEqual(before, self.plugged())
+        self.maker().check()
+        # A key that the hosts have not is told, and no refusal.
+        with self.assertLogs('volume', 'WARNING') as told:
+            self.maker(config={**NFS, 'nfsversion': '4'}).check()
+        self.assertIn('nfsversion=4', str(told.output))
+        # By its uuid it is the right one, whatever the keys say.
+        with self.assertLogs('volume', 'WARNING') as told:
+            self.maker(
+                config={**NFS, 'server': 'other'}, create=False,
+                sr_uuid=[self.uuid],
+            ).check()
+        self.assertIn('server=other', str(told.output))
+
     def test_two_srs_of_one_name_are_not_guessed_between(self):
         with xensm.session(self.pool) as xenapi:
             xenapi.SR.set_name_label(
@@ -349,6 +380,52 @@ class Existing(Case):
         )
         with self.assertRaisesRegex(errors.Conflict, 'rename'):
             self.driver(sr_name='volumes').check()
+
+
+class Roles(Case):
+    """The user of a section is told which role it has not."""
+
+    def setUp(self):
+        self.pool = xapi.simulator(self, users={
+            role: User('secret', role)
+            for role in (*ROLES[:-1], 'pool-admin')
+        })
+        self.pool.world.add_nfs(*NFS.values())
+        self.uuid = xapi.make_sr(self.pool, 'nfs', dict(NFS))
+
+    def test_who_may_not_make_volumes_is_told_by_check(self):
+        for role in 'read-only', 'vm-operator':
+            with self.subTest(role):
+                driver = self.driver(username=role, sr_uuid=[self.uuid])
+                for _ in range(2):
+                    with self.assertRaisesRegex(
+                        errors.Denied, f'user {role} .* role vm-admin'
+                    ):
+                        driver.check()
+
+    def test_who_lacks_what_helps_is_warned_once(self):
+        driver = self.driver(username='vm-admin', sr_uuid=[self.uuid])
+        with self.assertLogs('volume', 'WARNING') as told:
+            driver.check()
+            driver.check()
+        self.assertEqual(
+            ['pool-operator', 'vm-power-admin'],
+            sorted(
+                role for line in told.output
+                if (role := line.partition('the role ')[2].partition(':')[0])
+            ))
+
+    def test_who_has_the_roles_is_told_nothing(self):
+        for user in 'pool-operator', 'pool-admin', 'root':
+            with self.subTest(user), self.assertNoLogs('volume', 'WARNING'):
+                self.driver(username=user, sr_uuid=[self.uuid]).check()
+
+    def test_srs_for_each_volume_need_more(self):
+        driver = self.driver(
+            username='vm-power-admin', sr_per_volume=True, sr_type='nfs',
+            device_config=lines(NFS), sr_uuid=[self.uuid])
+        with self.assertRaisesRegex(errors.Denied, 'role pool-operator'):
+            driver.check()
 
 
 class WithPassword(Case):

@@ -10,17 +10,18 @@ import unittest
 
 from tests import xapi
 from tests import xensm
+from tests.integration import serving
 from volume import errors
 from volume import ids
 from volume import model
-from volume.drivers.xensm import calls
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.driver import XenSmDriver
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.options import lines
 from volume.sim.xapi.faults import Fault
-from volume.sim.xapi.sessions import User
+from volume.sim.xapi.state.sessions import User
 from volume.testing import fixtures
+from volume.xenapi import calls
+from volume.xenapi.link import Link
+from volume.xenapi.options import lines
 
 SIZE = 4 * model.MIB
 NOTE = {'id': 'x', 'name': 'disk "one" <é>', 'size_bytes': str(SIZE)}
@@ -139,6 +140,23 @@ class Made(Case):
             for host in 0, 1:
                 if not self.pool.is_up(self.pool.host(host)):
                     self.pool.start_host(host)
+
+    def test_create_that_takes_too_long_is_waited_for_and_leaves_nothing(
+        self
+    ):
+        driver = self.make_driver(timeout_s=1.0)
+        driver.check()
+        sr = self.pool.rows.by_uuid('SR', self.sr_uuid)
+        volume = self.wish()
+        with self.pool.sm.manager(sr).lock:
+            with self.assertRaises(errors.Unknown):
+                driver.create(volume)
+            for act in driver.create, driver.delete:
+                with self.assertRaisesRegex(errors.Unavailable, 'being made'):
+                    act(volume)
+        serving.until(self.vdis, bool)
+        driver.delete(volume)
+        self.assertEqual({}, self.vdis())
 
     def test_create_that_may_be_pending_is_waited_for(self):
         volume = self.wish()

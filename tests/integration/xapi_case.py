@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from tests import xapi
 from tests.integration.xapi_storage_case import Refused
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects.guests import guests
 
 MIB = 1 << 20
 WAIT_S = 20.0

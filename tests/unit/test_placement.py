@@ -51,20 +51,20 @@ class Choose(unittest.TestCase):
 
     def test_each_filter_takes_out_what_does_not_fit(self):
         for trace, bad, wish in (
-            ('state -1', {'is_up': False}, {}),
-            ('state -1', {'enabled': False}, {}),
-            ('backend -1', {}, {'backend': 'other'}),
-            ('pool -1', {}, {'pool': 'other'}),
-            ('project -1', {'projects': frozenset({'q'})},
+            ('1 down or disabled', {'is_up': False}, {}),
+            ('1 down or disabled', {'enabled': False}, {}),
+            ('1 of another backend', {}, {'backend': 'other'}),
+            ('1 of another name', {}, {'pool': 'other'}),
+            ('1 for other projects', {'projects': frozenset({'q'})},
              {'project_id': 'p'}),
-            ('tags -1', {'tags': frozenset({'ssd'})},
+            ('1 without the tags', {'tags': frozenset({'ssd'})},
              {'tags': frozenset({'ssd', 'fast'})}),
-            ('features -1', {}, {'features': frozenset({'Clone'})}),
-            ('role -1', {'role': 'SAN'}, {'role': 'NAS'}),
-            ('cluster -1', {'cluster': 'c1'}, {'cluster': 'c2'}),
-            ('cluster -1', {'cluster': 'c1'}, {}),
-            ('size -1', {'max_volume_bytes': GIB - 1}, {}),
-            ('capacity -1', {'unclaimed_bytes': GIB - 1}, {}),
+            ('1 without the features', {}, {'features': frozenset({'Clone'})}),
+            ('1 of another role', {'role': 'SAN'}, {'role': 'NAS'}),
+            ('1 of another cluster', {'cluster': 'c1'}, {'cluster': 'c2'}),
+            ('1 of another cluster', {'cluster': 'c1'}, {}),
+            ('1 for smaller volumes only', {'max_volume_bytes': GIB - 1}, {}),
+            ('1 without room for it', {'unclaimed_bytes': GIB - 1}, {}),
         ):
             with self.subTest(trace=trace, bad=bad):
                 self.assertEqual(
@@ -89,7 +89,8 @@ class Choose(unittest.TestCase):
 
     def test_a_refusal_counts_what_each_filter_took(self):
         self.assertEqual(
-            'no pool fits: state -1, tags -3, capacity -2; see "volume pools"',
+            'no pool fits: 1 down or disabled, 3 without the tags, 2 without '
+            'room for it; see "volume pools"',
             self.refusal(
                 [
                     pool('a', is_up=False),
@@ -108,4 +109,4 @@ class Choose(unittest.TestCase):
         coarse = pool(granularity_bytes=4096, unclaimed_bytes=8192)
         self.assertEqual(8192, claim_bytes(coarse, Wish(size_bytes=4608)))
         self.assertEqual('a', self.chosen([coarse], size_bytes=4608))
-        self.assertIn('capacity', self.refusal([coarse], size_bytes=8704))
+        self.assertIn('room', self.refusal([coarse], size_bytes=8704))

@@ -20,11 +20,11 @@ from tests import vhds
 from tests.integration import hostile_case
 from tests.vhds import MIB
 from volume import errors
-from volume.sim.xapi import chains as chains_module
-from volume.sim.xapi import disks
-from volume.sim.xapi import gc
-from volume.sim.xapi import raw_disk
-from volume.sim.xapi import vhd_disk
+from volume.sim.xapi.disk import chains as chains_module
+from volume.sim.xapi.disk import disks
+from volume.sim.xapi.disk import gc
+from volume.sim.xapi.disk import raw_disk
+from volume.sim.xapi.disk import vhd_disk
 from volume.sim.xapi.sm.taps import Taps
 from volume.transfer import vhd
 

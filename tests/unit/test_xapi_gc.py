@@ -19,8 +19,8 @@ from tests.integration import hostile_case
 from tests.unit import test_xapi_chains
 from tests.vhds import MIB
 from volume import errors
-from volume.sim.xapi import gc
-from volume.sim.xapi import vhd_disk
+from volume.sim.xapi.disk import gc
+from volume.sim.xapi.disk import vhd_disk
 
 WAIT_S = 30.0
 

@@ -26,10 +26,10 @@ from tests.vhds import MIB
 from volume import concurrency
 from volume import errors
 from volume import nbd as client
-from volume.sim.xapi import disks
-from volume.sim.xapi import nbd
-from volume.sim.xapi import vhd_disk
+from volume.sim.xapi.disk import disks
+from volume.sim.xapi.disk import vhd_disk
 from volume.sim.xapi.failure import Failure
+from volume.sim.xapi.net import nbd
 from volume.sim.xapi.sm.taps import Taps
 
 SIZE = 6 * MIB

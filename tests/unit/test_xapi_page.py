@@ -9,13 +9,13 @@ import re
 import unittest
 
 from tests import xapi
-from volume.sim.xapi import control
-from volume.sim.xapi import datamodel
 from volume.sim.xapi import faults
-from volume.sim.xapi import generic
-from volume.sim.xapi import limits
 from volume.sim.xapi import main
 from volume.sim.xapi.failure import Failure
+from volume.sim.xapi.net import control
+from volume.sim.xapi.published import datamodel
+from volume.sim.xapi.published import generic
+from volume.sim.xapi.state import limits
 
 PAGE = (
     pathlib.Path(__file__).parents[2] / 'doc/source/simulator.rst'

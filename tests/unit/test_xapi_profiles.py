@@ -6,14 +6,14 @@ import pathlib
 import unittest
 
 from tests import xapi
-from volume.sim.xapi import datamodel
-from volume.sim.xapi import profiles
-from volume.sim.xapi import smtypes
+from volume.sim.xapi.published import datamodel
+from volume.sim.xapi.published import profiles
+from volume.sim.xapi.published import smtypes
 from volume.sim.xapi.sm import types
 
 LUN = ['SR_PROBE', 'VDI_ATTACH', 'VDI_CREATE', 'VDI_DELETE', 'VDI_DETACH',
        'VDI_INTRODUCE']
-SOURCE = pathlib.Path(profiles.__file__).parent
+SOURCE = pathlib.Path(profiles.__file__).parents[1]
 
 
 class Tables(unittest.TestCase):

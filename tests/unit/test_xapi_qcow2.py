@@ -14,10 +14,10 @@ import unittest
 from tests.integration import hostile_case
 from tests.vhds import MIB
 from volume import errors
-from volume.sim.xapi import chains
-from volume.sim.xapi import disks
-from volume.sim.xapi import gc
-from volume.sim.xapi import qcow2_disk
+from volume.sim.xapi.disk import chains
+from volume.sim.xapi.disk import disks
+from volume.sim.xapi.disk import gc
+from volume.sim.xapi.disk import qcow2_disk
 from volume.sim.xapi.sm.taps import Taps
 
 SIZE = 3 * MIB

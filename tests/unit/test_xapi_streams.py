@@ -18,12 +18,12 @@ from tests import vhds
 from tests.vhds import MIB
 from volume import errors
 from volume.model import Extent
-from volume.sim.xapi import qcow2_disk
-from volume.sim.xapi import qcow2_send
-from volume.sim.xapi import raw_disk
-from volume.sim.xapi import receiving
-from volume.sim.xapi import sending
-from volume.sim.xapi import vhd_disk
+from volume.sim.xapi.disk import qcow2_disk
+from volume.sim.xapi.disk import raw_disk
+from volume.sim.xapi.disk import vhd_disk
+from volume.sim.xapi.net import qcow2_send
+from volume.sim.xapi.net import receiving
+from volume.sim.xapi.net import sending
 
 SIZE = 20 * MIB
 UID = '11111111-2222-4333-8444-555555555555'

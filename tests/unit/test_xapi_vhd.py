@@ -16,9 +16,9 @@ from tests.integration import hostile_case
 from tests.vhds import MIB
 from tests.vhds import SECTOR
 from volume import errors
-from volume.sim.xapi import disks
-from volume.sim.xapi import raw_disk
-from volume.sim.xapi import vhd_disk
+from volume.sim.xapi.disk import disks
+from volume.sim.xapi.disk import raw_disk
+from volume.sim.xapi.disk import vhd_disk
 from volume.transfer import vhd
 
 BLOCK = 2 * MIB

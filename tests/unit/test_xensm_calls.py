@@ -14,10 +14,10 @@ import unittest
 
 import volume
 from volume import errors
-from volume.drivers.xensm import calls
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import kinds
-from volume.drivers.xensm.failures import Failure
+from volume.xenapi import calls
+from volume.xenapi import failures
+from volume.xenapi import kinds
+from volume.xenapi.failures import Failure
 
 OLDEST = 'lima'  # XenServer 7.6, the oldest release that we claim
 TOP = pathlib.Path(volume.__file__).parent
@@ -41,6 +41,7 @@ def storage_drivers():
 
 def sources():
     yield from sorted((TOP / 'drivers' / 'xensm').glob('*.py'))
+    yield from sorted((TOP / 'xenapi').glob('*.py'))
     yield from sorted((TOP / 'connector').glob('xensm*.py'))
     yield TOP / 'cli' / 'manage_xensm.py'
 

@@ -12,13 +12,13 @@ import unittest
 
 from tests import xapi
 from volume import errors
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import options
 from volume.drivers.xensm.driver import XenSmDriver
-from volume.drivers.xensm.link import Link
 from volume.sim.xapi.faults import Fault
-from volume.sim.xapi.sessions import User
+from volume.sim.xapi.state.sessions import User
 from volume.testing import fixtures
+from volume.xenapi import failures
+from volume.xenapi import options
+from volume.xenapi.link import Link
 
 PASSWORD = 'correct horse = battery'
 SR = '6f0c7d5e-1f6e-4a6c-9c59-5e6f1a2b3c4d'

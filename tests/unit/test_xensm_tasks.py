@@ -12,13 +12,13 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume.drivers.xensm import fifo
-from volume.drivers.xensm import options
-from volume.drivers.xensm import tasks
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.driver import XenSmDriver
-from volume.drivers.xensm.link import Link
 from volume.sim.xapi.faults import Fault
 from volume.testing import fixtures
+from volume.xenapi import options
+from volume.xenapi import tasks
+from volume.xenapi.link import Link
 
 SIZE = 8 * model.MIB
 

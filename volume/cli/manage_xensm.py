@@ -18,16 +18,16 @@ from typing import Any
 
 from volume import errors
 from volume.drivers.xensm import chains
-from volume.drivers.xensm import kinds
-from volume.drivers.xensm import options
 from volume.drivers.xensm import probing
-from volume.drivers.xensm import srs
 from volume.drivers.xensm import vdis
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.options import Settings
-from volume.drivers.xensm.srs import Sr
 from volume.drivers.xensm.vdis import Vdi
 from volume.node import Node
+from volume.xenapi import kinds
+from volume.xenapi import options
+from volume.xenapi import srs
+from volume.xenapi.link import Link
+from volume.xenapi.options import Settings
+from volume.xenapi.srs import Sr
 
 Row = dict[str, Any]
 # Sections of the configuration, and what the database knows: the handle of

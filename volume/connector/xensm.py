@@ -28,11 +28,11 @@ from volume.connector.alone import alone
 from volume.connector.alone import LOCK_S
 from volume.connector.base import Connector
 from volume.connector.base import field
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import plugs
-from volume.drivers.xensm import srs
-from volume.drivers.xensm.link import Link
 from volume.node import Node
+from volume.xenapi import failures
+from volume.xenapi import plugs
+from volume.xenapi import srs
+from volume.xenapi.link import Link
 
 PROTOCOL = 'xensm'
 TRIES = 4  # what another client undoes under us is done again

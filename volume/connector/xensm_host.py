@@ -11,9 +11,9 @@ import dataclasses
 import os
 
 from volume import errors
-from volume.drivers.xensm import link
-from volume.drivers.xensm import poolfile
 from volume.node import Node
+from volume.xenapi import link
+from volume.xenapi import poolfile
 
 PATH = '/etc/volume/xensm-host.conf'
 PATH_VARIABLE = 'VOLUME_XENSM_HOST'

@@ -10,11 +10,11 @@ from __future__ import annotations
 from volume import errors
 from volume import model
 from volume.drivers.xensm import hosts
-from volume.drivers.xensm import srs
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.peers import Peers
 from volume.drivers.xensm.storage import Storage
 from volume.drivers.xensm.vdis import Vdi
+from volume.xenapi import srs
 
 
 class Access(Storage):

@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Iterable
 
 from volume import errors
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import tasks
 from volume.drivers.xensm import vdis
-from volume.drivers.xensm.link import Link
 from volume.drivers.xensm.vdis import Thing
 from volume.drivers.xensm.vdis import Vdi
+from volume.xenapi import failures
+from volume.xenapi import tasks
+from volume.xenapi.link import Link
 
 HOLD_S = 7200.0  # as long as the server may keep a call waiting
 BUSY = frozenset({'snapshot', 'clone', 'copy', 'mirror', 'destroy'})

@@ -23,16 +23,16 @@ from volume import model
 from volume import progress
 from volume.drivers.xensm import births
 from volume.drivers.xensm import chains
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import handlers
-from volume.drivers.xensm import srs
-from volume.drivers.xensm import tasks
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.births import Birth
 from volume.drivers.xensm.storage import Storage
 from volume.drivers.xensm.vdis import Thing
 from volume.drivers.xensm.vdis import Vdi
 from volume.drivers.xensm.vhd import VhdStorage
+from volume.xenapi import failures
+from volume.xenapi import handlers
+from volume.xenapi import srs
+from volume.xenapi import tasks
 
 LOG = logging.getLogger(__name__)
 

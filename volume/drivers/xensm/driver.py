@@ -8,30 +8,32 @@ volumes with it: the others serve, and it comes back with the next check.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 from volume import errors
 from volume import model
 from volume.drivers import base
-from volume.drivers.xensm import kinds
-from volume.drivers.xensm import options
-from volume.drivers.xensm import srs
+from volume.drivers.xensm import roles
 from volume.drivers.xensm import storage
-from volume.drivers.xensm import wire
 from volume.drivers.xensm.access import Access
 from volume.drivers.xensm.copies import Copies
-from volume.drivers.xensm.link import Link
 from volume.drivers.xensm.lun import LunStorage
-from volume.drivers.xensm.options import Settings
 from volume.drivers.xensm.single import SingleStorage
-from volume.drivers.xensm.srs import Sr
 from volume.drivers.xensm.storage import Storage
 from volume.drivers.xensm.streams import Streams
 from volume.node import Node
+from volume.xenapi import kinds
+from volume.xenapi import options
+from volume.xenapi import srs
+from volume.xenapi import wire
+from volume.xenapi.link import Link
+from volume.xenapi.options import Settings
+from volume.xenapi.srs import Sr
 
 LOG = logging.getLogger(__name__)
 
@@ -76,9 +78,13 @@ class XenSmDriver(
         self._opened: tuple[Settings, Link] | None = None
         self._storages: dict[str, Storage] = {}
         self._troubles: dict[str, str] = {}
+        self._may_do = False  # the user's roles are known to do
 
     def check(self) -> None:
         settings, link = self._open()
+        if not self._may_do:
+            roles.check(link, settings)
+            self._may_do = True
         found = self._find(settings, link)
         troubles: dict[str, errors.VolumeError] = {}
         for name, each in found.items():
@@ -245,6 +251,9 @@ class XenSmDriver(
         with self._guard:
             if self._opened is None:
                 settings = options.read(self.conf)
+                if not self.may_format:
+                    # Nor plug anything in: somebody only looks.
+                    settings = dataclasses.replace(settings, repair=False)
                 self._opened = settings, Link(
                     settings, self.node, self._connect
                 )
@@ -265,6 +274,7 @@ class XenSmDriver(
                 try:
                     sr = self._find_sr(settings, link, name)
                     _check_type(settings, name, sr)
+                    _check_keys(settings, name, srs.pbds(link, sr))
                     there = self._storages[name] = storage.make(
                         SINGLE if settings.sr_per_volume else FAMILIES,
                         link, settings, self.node, name, sr,
@@ -335,3 +345,31 @@ def _check_type(settings: Settings, name: str, sr: Sr) -> None:
             f'{settings.kind.type}: correct sr_type and device_config, or '
             'name another SR'
         )
+
+
+def _check_keys(
+    settings: Settings, name: str, pbds: Iterable[srs.Pbd]
+) -> None:
+    """Refuse an SR of the right name that lies elsewhere.
+
+    Who names it by its uuid is right, whatever the keys say; they are used
+    for hosts that have lost it. Secrets are told by no server.
+
+    :raises Invalid: a host reaches it by another key than the section has
+    """
+    for pbd in pbds:
+        for key, wanted in settings.device_config.items():
+            found = pbd.device_config.get(key, '')
+            if kinds.is_secret(key) or found == wanted:
+                continue
+            text = (
+                f'device_config has {key}={wanted}, and the hosts of the '
+                f'pool reach SR {name} by '
+                + (f'{key}={found}' if found else f'keys without {key}')
+            )
+            if found and not settings.sr_uuids:
+                raise errors.Invalid(
+                    f'{text}: correct device_config, give another sr_name, '
+                    'or name the SR by sr_uuid'
+                )
+            LOG.warning('%s', text)

@@ -31,13 +31,13 @@ from typing import Any, Protocol
 
 from volume import errors
 from volume import model
-from volume.drivers.xensm import kinds
-from volume.drivers.xensm import plugs
-from volume.drivers.xensm import srs
-from volume.drivers.xensm.link import Link
 from volume.drivers.xensm.peers import Peers
-from volume.drivers.xensm.srs import Sr
 from volume.drivers.xensm.vdis import Vdi
+from volume.xenapi import kinds
+from volume.xenapi import plugs
+from volume.xenapi import srs
+from volume.xenapi.link import Link
+from volume.xenapi.srs import Sr
 
 LENT = 'volume:lent'
 FORCE_AFTER_S = 20.0

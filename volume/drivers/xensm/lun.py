@@ -39,11 +39,7 @@ from typing import Any
 from volume import errors
 from volume import model
 from volume.drivers.xensm import access
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import handlers
 from volume.drivers.xensm import hosts
-from volume.drivers.xensm import plugs
-from volume.drivers.xensm import srs
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm import wiping
 from volume.drivers.xensm.luns import CLAIM
@@ -58,6 +54,10 @@ from volume.drivers.xensm.luns import Users
 from volume.drivers.xensm.luns import WIPING
 from volume.drivers.xensm.vdis import Thing
 from volume.drivers.xensm.vdis import Vdi
+from volume.xenapi import failures
+from volume.xenapi import handlers
+from volume.xenapi import plugs
+from volume.xenapi import srs
 
 LOG = logging.getLogger(__name__)
 

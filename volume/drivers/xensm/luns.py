@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from volume import model
-from volume.drivers.xensm import plugs
 from volume.drivers.xensm import vdis
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.srs import Sr
 from volume.drivers.xensm.vdis import Vdi
+from volume.xenapi import plugs
+from volume.xenapi.link import Link
+from volume.xenapi.srs import Sr
 
 if TYPE_CHECKING:
     from volume.drivers.xensm.lun import LunStorage

@@ -22,12 +22,12 @@ from volume import errors
 from volume import model
 from volume.drivers import base
 from volume.drivers import generic
-from volume.drivers.xensm import handlers
-from volume.drivers.xensm.handlers import Download
-from volume.drivers.xensm.link import Link
 from volume.nbd import NbdClient
 from volume.transfer import vhd_layout
 from volume.transfer.vhd_stream import Stream
+from volume.xenapi import handlers
+from volume.xenapi.handlers import Download
+from volume.xenapi.link import Link
 
 NBD_S = 60.0
 SKIP_BYTES = model.MIB

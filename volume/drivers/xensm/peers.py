@@ -11,11 +11,11 @@ import threading
 from collections.abc import Sequence
 
 from volume import errors
-from volume.drivers.xensm import plugs
-from volume.drivers.xensm import poolfile
-from volume.drivers.xensm import wire
-from volume.drivers.xensm.link import Link
 from volume.node import Node
+from volume.xenapi import plugs
+from volume.xenapi import poolfile
+from volume.xenapi import wire
+from volume.xenapi.link import Link
 
 
 class Peers:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 from xml.etree import ElementTree
 
 from volume import errors
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import kinds
-from volume.drivers.xensm import srs
-from volume.drivers.xensm.kinds import Kind
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.options import lines
+from volume.xenapi import failures
+from volume.xenapi import kinds
+from volume.xenapi import srs
+from volume.xenapi.kinds import Kind
+from volume.xenapi.link import Link
+from volume.xenapi.options import lines
 
 # What holds the value of a key in the server's rows.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -28,6 +29,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     'aggregate': ('aggregate', 'Name', 'name'),
     'storagepool': ('name', 'Name', 'storagepool'),
 }
+PROVIDERS = ('iscsi', 'hba', 'fcoe')  # how gfs2 reaches its LUN
 ASKED_BY_CREATE = ('aggregate', 'storagepool')
 
 
@@ -62,6 +64,8 @@ def step(
     :raises VolumeError: the storage says otherwise that it cannot be so
     """
     host = host or srs.pool(link)[1]['master']
+    if kind.probes_ext:
+        return _extended(link, kind, device_config, host)
     found: tuple[Mapping[str, str], ...] = ()
     key = _next(kind, device_config)
     try:
@@ -91,6 +95,52 @@ def step(
         f'type {kind.type} made an SR called "probe", although {key} was '
         'not given: look at it, and destroy it'
     )
+
+
+def _extended(
+    link: Link, kind: Kind, device_config: Mapping[str, str], host: str
+) -> Step:
+    """Ask a driver of the newer kind: it answers with sets of keys.
+
+    A set that is not complete has one key more than was given.
+    """
+    if 'provider' not in device_config:
+        return Step('provider', tuple(
+            {'provider': name} for name in PROVIDERS
+        ))
+    key = _next(kind, device_config)
+    try:
+        found = link.call(
+            'SR.probe_ext', host, dict(device_config), kind.type, {}
+        )
+    except errors.VolumeError as failed:
+        if failures.code(failed) in srs.NO_PROBE:
+            return Step(can_probe=False, message=str(failed))
+        if not key or not failures.code(failed).startswith(
+            failures.PREFIX.rstrip('_')
+        ):
+            raise
+        return Step(key, message=str(failed))
+    there = tuple(
+        {**each['configuration'], 'UUID': sr['uuid']}
+        for each in found if (sr := _only(each.get('sr'))).get('uuid')
+    )
+    rows = [
+        {**each['configuration'], **each.get('extra_info', {})}
+        for each in found if not each['complete']
+    ]
+    key = next((
+        name for name in (*kind.keys(), *(n for row in rows for n in row))
+        if name not in device_config and any(name in row for row in rows)
+    ), '')
+    return Step(key if rows else '', tuple(rows), there)
+
+
+def _only(found: Any) -> Mapping[str, Any]:
+    """Return what is there or not: a list of one on the wire, or of none."""
+    if isinstance(found, list):
+        found = found[0] if found else None
+    return found or {}
 
 
 def section(

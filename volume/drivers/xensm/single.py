@@ -22,19 +22,19 @@ from typing import Any, ClassVar
 from volume import errors
 from volume import model
 from volume.drivers import base
-from volume.drivers.xensm import failures
 from volume.drivers.xensm import hosts
-from volume.drivers.xensm import plugs
-from volume.drivers.xensm import srs
-from volume.drivers.xensm import tasks
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.access import Access
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.srs import Sr
 from volume.drivers.xensm.storage import Storage
 from volume.drivers.xensm.vdis import Thing
 from volume.drivers.xensm.vdis import Vdi
 from volume.drivers.xensm.vhd import VDI_TYPES
+from volume.xenapi import failures
+from volume.xenapi import plugs
+from volume.xenapi import srs
+from volume.xenapi import tasks
+from volume.xenapi.link import Link
+from volume.xenapi.srs import Sr
 
 HOME = 'volume:home'
 DESCRIPTION = 'One volume of volume-service: change or delete it there only.'

@@ -30,20 +30,20 @@ from volume import errors
 from volume import model
 from volume.drivers import base
 from volume.drivers.xensm import chains
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import handlers
-from volume.drivers.xensm import kinds
-from volume.drivers.xensm import srs
-from volume.drivers.xensm import tasks
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.fifo import Queue
-from volume.drivers.xensm.kinds import Kind
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.options import Settings
-from volume.drivers.xensm.srs import Sr
 from volume.drivers.xensm.vdis import Thing
 from volume.drivers.xensm.vdis import Vdi
 from volume.node import Node
+from volume.xenapi import failures
+from volume.xenapi import handlers
+from volume.xenapi import kinds
+from volume.xenapi import srs
+from volume.xenapi import tasks
+from volume.xenapi.kinds import Kind
+from volume.xenapi.link import Link
+from volume.xenapi.options import Settings
+from volume.xenapi.srs import Sr
 
 LOG = logging.getLogger(__name__)
 
@@ -65,6 +65,10 @@ AWAY = ('SR_BACKEND_FAILURE_46', 'SR_BACKEND_FAILURE_47')
 COUNT_PART = 50.0  # listing all VDIs may take a fiftieth of the time
 
 WATCH = Callable[[float], None]
+NOT_TRIED = (
+    'nothing was tried: the service plugs it in when it starts, if repair is '
+    'true, and so does "volume-manage xensm BACKEND repair"'
+)
 
 
 class Storage:
@@ -267,7 +271,7 @@ class Storage:
             raise errors.Unavailable(
                 f'SR {self.sr_uuid} is not plugged in'
                 + (' on the master' if sr.shared else '')
-                + f': {"; ".join(troubles or ()) or "repair is off"}'
+                + f': {"; ".join(troubles or ()) or NOT_TRIED}'
             )
         if not was_served or sr.total_bytes <= 0:
             self._scan(sr)
@@ -387,7 +391,10 @@ class Storage:
 
     def _has(self, interface: type) -> bool:
         """Say whether this class implements a feature's methods."""
-        names: frozenset[str] = getattr(interface, '__abstractmethods__')
+        names = [
+            name for name, method in vars(interface).items()
+            if getattr(method, '__isabstractmethod__', False)
+        ]
         return bool(names) and all(
             getattr(type(self), name, None)
             not in (None, getattr(Storage, name, None))

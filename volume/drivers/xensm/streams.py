@@ -13,8 +13,6 @@ from contextlib import AbstractContextManager
 from volume import errors
 from volume import model
 from volume.drivers import base
-from volume.drivers.xensm import failures
-from volume.drivers.xensm import handlers
 from volume.drivers.xensm import outgoing
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.incoming import VdiWriter
@@ -22,6 +20,8 @@ from volume.drivers.xensm.samples import Samples
 from volume.drivers.xensm.storage import Storage
 from volume.drivers.xensm.vdis import Thing
 from volume.drivers.xensm.vdis import Vdi
+from volume.xenapi import failures
+from volume.xenapi import handlers
 
 LOG = logging.getLogger(__name__)
 
@@ -116,6 +116,8 @@ class _Target:
         self.size_bytes = vdi.size_bytes
         # What an export's table shows is what was written, block by block.
         self._has_table = storage.kind.family not in ('array', 'lun')
+        self._near_bytes = (
+            None if storage.settings.read_back == 'whole' else NEAR_BYTES)
         # A VM that has it, plugged in or not, may have written to it.
         self.is_fresh = vdis.FRESH in vdi.keys and not vdis.guests(
             storage.link, vdi, is_plugged=False)
@@ -138,7 +140,7 @@ class _Target:
             if self._has_table and isinstance(reader, outgoing.ExportReader):
                 # To read far into an export is to read all that is before.
                 samples.check_places(reader.extents(), self.name)
-                samples.check(reader, self.name, NEAR_BYTES)
+                samples.check(reader, self.name, self._near_bytes)
             else:
                 samples.check(reader, self.name)
 

@@ -36,9 +36,9 @@ from typing import Any
 
 from volume import errors
 from volume import model
-from volume.drivers.xensm import failures
-from volume.drivers.xensm.link import Link
-from volume.drivers.xensm.options import UUID
+from volume.xenapi import failures
+from volume.xenapi.link import Link
+from volume.xenapi.options import UUID
 
 ID = 'volume:id'
 OF = 'volume:of'

@@ -23,11 +23,11 @@ from typing import Any
 
 from volume import errors
 from volume import model
-from volume.drivers.xensm import tasks
 from volume.drivers.xensm import vdis
-from volume.drivers.xensm.options import UUID
 from volume.drivers.xensm.storage import Storage
 from volume.drivers.xensm.vdis import Vdi
+from volume.xenapi import tasks
+from volume.xenapi.options import UUID
 
 LOG = logging.getLogger(__name__)
 
@@ -82,6 +82,10 @@ class VhdStorage(Storage):
         with self._memory:
             self._born.pop(volume.id, None)
         found = self._look_for(volume)
+        if found is None:
+            # One that is still being made would be left over.
+            self._settle()
+            found = self._look_for(volume)
         if found is None:
             return
         self._refuse_snapshots(found, volume)
@@ -238,14 +242,16 @@ class VhdStorage(Storage):
         started = time.monotonic()
         if started - self._settled_at < SETTLED_S:
             return
-        for record in self.link.call('task.get_all_records').values():
-            if record['status'] in tasks.OPEN and (
-                record['name_label'].endswith('VDI.create')
-            ):
-                raise errors.Unavailable(
-                    f'SR {self.sr_uuid}: a VDI is still being made; nobody '
-                    'knows for whom until it is there'
-                )
+        # A call that is waited for may have no task; its SR shows it.
+        if 'vdi_create' in self.sr().operations.values() or any(
+            record['status'] in tasks.OPEN
+            and record['name_label'].endswith('VDI.create')
+            for record in self.link.call('task.get_all_records').values()
+        ):
+            raise errors.Unavailable(
+                f'SR {self.sr_uuid}: a VDI is still being made; nobody '
+                'knows for whom until it is there'
+            )
         self._settled_at = started
 
     def _same(self, found: Vdi, volume: model.Volume) -> str:

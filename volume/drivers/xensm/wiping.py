@@ -18,14 +18,14 @@ from volume import errors
 from volume import model
 from volume import progress
 from volume.drivers import base
-from volume.drivers.xensm import handlers
 from volume.drivers.xensm import outgoing
-from volume.drivers.xensm import plugs
 from volume.drivers.xensm.incoming import VdiWriter
-from volume.drivers.xensm.link import Link
 from volume.drivers.xensm.samples import Samples
 from volume.drivers.xensm.vdis import Vdi
 from volume.node import Node
+from volume.xenapi import handlers
+from volume.xenapi import plugs
+from volume.xenapi.link import Link
 
 EDGE_BYTES = model.MIB
 SAMPLE_BYTES = 64 << 10

@@ -20,14 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from volume.sim.xapi import datamodel
-from volume.sim.xapi import generic
-from volume.sim.xapi import profiles
 from volume.sim.xapi import registry
-from volume.sim.xapi.control import Control
+from volume.sim.xapi.net.control import Control
 from volume.sim.xapi.pool import Pool
-from volume.sim.xapi.sessions import ROOT
-from volume.sim.xapi.sessions import User
+from volume.sim.xapi.published import datamodel
+from volume.sim.xapi.published import generic
+from volume.sim.xapi.published import profiles
+from volume.sim.xapi.state.sessions import ROOT
+from volume.sim.xapi.state.sessions import User
 from volume.sim.xapi.world import World
 
 PASSWORD: Final = 'VOLUME_XAPI_SIM_PASSWORD'

@@ -12,13 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from volume.sim.xapi import bootstrap
-from volume.sim.xapi import datamodel
-from volume.sim.xapi import generic
-from volume.sim.xapi import profiles
 from volume.sim.xapi import registry
-from volume.sim.xapi.datamodel import Message
-from volume.sim.xapi.events import Events
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.failure import Fault
 from volume.sim.xapi.failure import Hangup
@@ -31,22 +25,28 @@ from volume.sim.xapi.faults import Faults
 from volume.sim.xapi.faults import KILL_MASTER
 from volume.sim.xapi.faults import OF_REQUEST
 from volume.sim.xapi.faults import REFUSE
-from volume.sim.xapi.limits import Limits
-from volume.sim.xapi.limits import NAMES
-from volume.sim.xapi.operations import Operations
-from volume.sim.xapi.profiles import Profile
+from volume.sim.xapi.net.server import Servers
+from volume.sim.xapi.objects import bootstrap
+from volume.sim.xapi.published import datamodel
+from volume.sim.xapi.published import generic
+from volume.sim.xapi.published import profiles
+from volume.sim.xapi.published.datamodel import Message
+from volume.sim.xapi.published.profiles import Profile
 from volume.sim.xapi.registry import Ctx
 from volume.sim.xapi.registry import Session
-from volume.sim.xapi.rows import Rows
-from volume.sim.xapi.server import Servers
-from volume.sim.xapi.sessions import ROOT
-from volume.sim.xapi.sessions import Sessions
-from volume.sim.xapi.sessions import User
 from volume.sim.xapi.sm.host import SmHost
-from volume.sim.xapi.tasks import Task
-from volume.sim.xapi.tasks import Tasks
-from volume.sim.xapi.tasks import value
-from volume.sim.xapi.values import DateTime
+from volume.sim.xapi.state.events import Events
+from volume.sim.xapi.state.limits import Limits
+from volume.sim.xapi.state.limits import NAMES
+from volume.sim.xapi.state.operations import Operations
+from volume.sim.xapi.state.rows import Rows
+from volume.sim.xapi.state.sessions import ROOT
+from volume.sim.xapi.state.sessions import Sessions
+from volume.sim.xapi.state.sessions import User
+from volume.sim.xapi.state.tasks import Task
+from volume.sim.xapi.state.tasks import Tasks
+from volume.sim.xapi.state.tasks import value
+from volume.sim.xapi.state.values import DateTime
 from volume.sim.xapi.world import World
 
 T = TypeVar('T')

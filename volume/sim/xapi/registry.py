@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler
 
     from volume.sim.xapi.pool import Pool
-    from volume.sim.xapi.tasks import Task
+    from volume.sim.xapi.state.tasks import Task
 
 F = TypeVar('F', bound=Callable[..., Any])
 Stop = Callable[[], None]

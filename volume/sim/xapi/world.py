@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from volume.sim.xapi.space import Space
+from volume.sim.xapi.disk.space import Space
 
 Thing = TypeVar('Thing')
 GIB = 1 << 30

@@ -6,9 +6,9 @@ from __future__ import annotations
 import time
 from typing import Any, TYPE_CHECKING
 
-from volume.sim.xapi import cbt
+from volume.sim.xapi.disk import cbt
 from volume.sim.xapi.failure import Failure
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects.guests import guests
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 

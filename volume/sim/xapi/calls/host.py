@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
-from volume.sim.xapi.values import DateTime
+from volume.sim.xapi.state.values import DateTime
 
 if TYPE_CHECKING:
     from volume.sim.xapi.pool import Pool

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
-from volume.sim.xapi.values import DateTime
+from volume.sim.xapi.state.values import DateTime
 
 if TYPE_CHECKING:
     from volume.sim.xapi.pool import Pool
-    from volume.sim.xapi.rows import Row
+    from volume.sim.xapi.state.rows import Row
 
 # What a message may be about: the name of its class, and of the objects'.
 CLASSES = {'VM': 'VM', 'Host': 'host', 'SR': 'SR', 'Pool': 'pool',

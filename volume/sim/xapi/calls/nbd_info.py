@@ -15,12 +15,12 @@ from typing import Any, TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from volume.sim.xapi import pool as pools
-from volume.sim.xapi import vms
-from volume.sim.xapi.disks import Disk
-from volume.sim.xapi.disks import Passed
+from volume.sim.xapi.disk.disks import Disk
+from volume.sim.xapi.disk.disks import Passed
 from volume.sim.xapi.failure import Failure
-from volume.sim.xapi.guests import guests
-from volume.sim.xapi.nbd import NbdServer
+from volume.sim.xapi.net.nbd import NbdServer
+from volume.sim.xapi.objects import vms
+from volume.sim.xapi.objects.guests import guests
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 from volume.sim.xapi.registry import daemon

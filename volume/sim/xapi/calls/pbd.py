@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any, TYPE_CHECKING
 
-from volume.sim.xapi import storage
 from volume.sim.xapi.failure import Failure
+from volume.sim.xapi.objects import storage
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 from volume.sim.xapi.sm import sync

@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from volume.sim.xapi import handlers
+from volume.sim.xapi.net import handlers
 
 ROUTES = (handlers.put, handlers.get)

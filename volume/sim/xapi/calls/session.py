@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, TYPE_CHECKING
 
+from volume.sim.xapi import registry
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 
@@ -42,6 +44,16 @@ def logout(pool: Pool, ctx: Ctx) -> None:
 def local_logout(pool: Pool, ctx: Ctx) -> None:
     """End a session of one host."""
     pool.sessions.logout(ctx.session.ref)
+
+
+@registry.computed('session', 'rbac_permissions')
+def _permissions(
+    pool: Pool, ref: str, row: Mapping[str, Any]
+) -> list[str]:
+    """Return what the user may call; nothing of root, who may all."""
+    if row['is_local_superuser']:
+        return []
+    return pool.model.permissions(pool.sessions.role(row))
 
 
 @call('session.get_all_subject_identifiers')

@@ -8,10 +8,10 @@ import threading
 import uuid as uuids
 from typing import TYPE_CHECKING
 
-from volume.sim.xapi import datamodel
 from volume.sim.xapi import registry
-from volume.sim.xapi import storage
 from volume.sim.xapi.failure import Failure
+from volume.sim.xapi.objects import storage
+from volume.sim.xapi.published import datamodel
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 from volume.sim.xapi.sm import probes

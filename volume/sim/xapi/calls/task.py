@@ -9,7 +9,7 @@ from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.pool import check_role
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
-from volume.sim.xapi.tasks import FINISHED
+from volume.sim.xapi.state.tasks import FINISHED
 
 if TYPE_CHECKING:
     from volume.sim.xapi.pool import Pool

@@ -6,13 +6,13 @@ from __future__ import annotations
 import threading
 from typing import Any, TYPE_CHECKING
 
-from volume.sim.xapi import datamodel
-from volume.sim.xapi import devices
-from volume.sim.xapi import vbds
-from volume.sim.xapi import vms
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.failure import NULL
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects import devices
+from volume.sim.xapi.objects import vbds
+from volume.sim.xapi.objects import vms
+from volume.sim.xapi.objects.guests import guests
+from volume.sim.xapi.published import datamodel
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 

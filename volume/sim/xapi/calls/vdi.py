@@ -8,18 +8,18 @@ import uuid as uuids
 from collections.abc import Iterator
 from typing import Any, TYPE_CHECKING
 
-from volume.sim.xapi import cbt
-from volume.sim.xapi import storage
-from volume.sim.xapi import vdis
+from volume.sim.xapi.disk import cbt
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.failure import NULL
-from volume.sim.xapi.guests import guests
+from volume.sim.xapi.objects import storage
+from volume.sim.xapi.objects import vdis
+from volume.sim.xapi.objects.guests import guests
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 from volume.sim.xapi.sm import sync
 from volume.sim.xapi.sm.base import Unimplemented
-from volume.sim.xapi.values import DateTime
-from volume.sim.xapi.values import EPOCH
+from volume.sim.xapi.state.values import DateTime
+from volume.sim.xapi.state.values import EPOCH
 
 if TYPE_CHECKING:
     from volume.sim.xapi.pool import Pool

@@ -9,14 +9,14 @@ from typing import Any, TYPE_CHECKING
 
 from volume import errors
 from volume.model import Extent
-from volume.sim.xapi import deltas
-from volume.sim.xapi import receiving
-from volume.sim.xapi import vms
-from volume.sim.xapi.disks import Disk
+from volume.sim.xapi.disk import deltas
+from volume.sim.xapi.disk.disks import Disk
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.failure import NULL
-from volume.sim.xapi.guests import guests
-from volume.sim.xapi.handlers import keeps_old_bytes
+from volume.sim.xapi.net import receiving
+from volume.sim.xapi.net.handlers import keeps_old_bytes
+from volume.sim.xapi.objects import vms
+from volume.sim.xapi.objects.guests import guests
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any, TYPE_CHECKING
 
-from volume.sim.xapi import datamodel
-from volume.sim.xapi import devices
-from volume.sim.xapi import vms
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.failure import NULL
+from volume.sim.xapi.objects import devices
+from volume.sim.xapi.objects import vms
+from volume.sim.xapi.published import datamodel
 from volume.sim.xapi.registry import call
 from volume.sim.xapi.registry import Ctx
 

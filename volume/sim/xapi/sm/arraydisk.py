@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, TYPE_CHECKING
 
-from volume.sim.xapi.raw_disk import Raw
+from volume.sim.xapi.disk.raw_disk import Raw
 from volume.sim.xapi.sm import owned
 
 if TYPE_CHECKING:

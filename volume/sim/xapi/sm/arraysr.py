@@ -15,14 +15,14 @@ import xml.dom.minidom
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TYPE_CHECKING
 
-from volume.sim.xapi.disks import Disk
-from volume.sim.xapi.raw_disk import Raw
+from volume.sim.xapi.disk.disks import Disk
+from volume.sim.xapi.disk.raw_disk import Raw
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm import arraybox
 from volume.sim.xapi.sm.arraydisk import ArrayDisk
 from volume.sim.xapi.sm.base import Info
 from volume.sim.xapi.sm.base import Manager
 from volume.sim.xapi.sm.base import Sizes
-from volume.sim.xapi.smtypes import fault
 from volume.sim.xapi.world import Array
 
 if TYPE_CHECKING:

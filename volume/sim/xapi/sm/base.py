@@ -15,12 +15,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import ClassVar, TYPE_CHECKING
 
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm.taps import Taps
-from volume.sim.xapi.smtypes import fault
 
 if TYPE_CHECKING:
-    from volume.sim.xapi.disks import Disk
-    from volume.sim.xapi.gc import Policy
+    from volume.sim.xapi.disk.disks import Disk
+    from volume.sim.xapi.disk.gc import Policy
     from volume.sim.xapi.pool import Pool
     from volume.sim.xapi.world import World
 

@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from volume import errors
-from volume.sim.xapi.chains import Chains
-from volume.sim.xapi.chains import Node
-from volume.sim.xapi.disks import Disk
-from volume.sim.xapi.disks import Format
-from volume.sim.xapi.disks import KERNEL
+from volume.sim.xapi.disk.chains import Chains
+from volume.sim.xapi.disk.chains import Node
+from volume.sim.xapi.disk.disks import Disk
+from volume.sim.xapi.disk.disks import Format
+from volume.sim.xapi.disk.disks import KERNEL
+from volume.sim.xapi.disk.gc import Pass
+from volume.sim.xapi.disk.gc import Policy
+from volume.sim.xapi.disk.qcow2_disk import Qcow2
+from volume.sim.xapi.disk.raw_disk import Raw
+from volume.sim.xapi.disk.vhd_disk import Vhd
 from volume.sim.xapi.failure import Failure
 from volume.sim.xapi.failure import sm_failure
-from volume.sim.xapi.gc import Pass
-from volume.sim.xapi.gc import Policy
-from volume.sim.xapi.qcow2_disk import Qcow2
-from volume.sim.xapi.raw_disk import Raw
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm.base import Change
 from volume.sim.xapi.sm.base import Info
 from volume.sim.xapi.sm.base import Manager
 from volume.sim.xapi.sm.base import Unimplemented
-from volume.sim.xapi.smtypes import fault
-from volume.sim.xapi.vhd_disk import Vhd
 
 MIB = 1 << 20
 VHD_MAX_MIB = 2040 << 10

@@ -9,11 +9,11 @@ import threading
 from collections.abc import Iterator
 from typing import ClassVar, TYPE_CHECKING
 
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm import arraybox
 from volume.sim.xapi.sm import arraysr
 from volume.sim.xapi.sm.arraysr import ArraySr
 from volume.sim.xapi.sm.arraysr import elements
-from volume.sim.xapi.smtypes import fault
 from volume.sim.xapi.world import Array
 
 if TYPE_CHECKING:

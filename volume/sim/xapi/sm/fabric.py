@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
 
-from volume.sim.xapi.smtypes import fault
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.world import Lun
 from volume.sim.xapi.world import Target
 

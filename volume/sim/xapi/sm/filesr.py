@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from volume import errors
-from volume.sim.xapi.chains import Node
-from volume.sim.xapi.disks import Disk
+from volume.sim.xapi.disk.chains import Node
+from volume.sim.xapi.disk.disks import Disk
+from volume.sim.xapi.disk.space import Space
 from volume.sim.xapi.failure import Failure
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm import groups
 from volume.sim.xapi.sm import probes
 from volume.sim.xapi.sm.base import Info
@@ -26,8 +28,6 @@ from volume.sim.xapi.sm.base import Unimplemented
 from volume.sim.xapi.sm.chained import ChainManager
 from volume.sim.xapi.sm.chained import MIB
 from volume.sim.xapi.sm.chained import VHD_MAX_MIB
-from volume.sim.xapi.smtypes import fault
-from volume.sim.xapi.space import Space
 from volume.sim.xapi.world import Share
 
 BLOCK_BYTES = 2 * MIB  # of a VHD

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from volume import errors
 from volume.sim.xapi import registry
+from volume.sim.xapi.disk.gc import Collector
+from volume.sim.xapi.disk.gc import Policy
 from volume.sim.xapi.failure import Failure
-from volume.sim.xapi.gc import Collector
-from volume.sim.xapi.gc import Policy
 from volume.sim.xapi.sm import probes
 from volume.sim.xapi.sm import sync
 from volume.sim.xapi.sm import types

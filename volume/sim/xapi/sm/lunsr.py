@@ -15,15 +15,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from volume.sim.xapi.disks import Disk
-from volume.sim.xapi.raw_disk import Raw
+from volume.sim.xapi.disk.disks import Disk
+from volume.sim.xapi.disk.raw_disk import Raw
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm import fabric
 from volume.sim.xapi.sm import owned
 from volume.sim.xapi.sm import probes
 from volume.sim.xapi.sm.base import Info
 from volume.sim.xapi.sm.base import Manager
 from volume.sim.xapi.sm.base import Sizes
-from volume.sim.xapi.smtypes import fault
 from volume.sim.xapi.world import Lun
 
 

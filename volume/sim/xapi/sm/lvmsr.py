@@ -18,9 +18,10 @@ import os
 from typing import Any
 
 from volume import errors
-from volume.sim.xapi.chains import Node
-from volume.sim.xapi.disks import Disk
+from volume.sim.xapi.disk.chains import Node
+from volume.sim.xapi.disk.disks import Disk
 from volume.sim.xapi.failure import Failure
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm import fabric
 from volume.sim.xapi.sm import groups
 from volume.sim.xapi.sm import probes
@@ -35,7 +36,6 @@ from volume.sim.xapi.sm.filesr import assert_same_host
 from volume.sim.xapi.sm.groups import EXTENT_BYTES
 from volume.sim.xapi.sm.groups import Group
 from volume.sim.xapi.sm.groups import round_up
-from volume.sim.xapi.smtypes import fault
 
 JOURNALS_BYTES = 2 * EXTENT_BYTES
 EMPTY_BYTES = round_up(

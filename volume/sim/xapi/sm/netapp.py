@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any, TYPE_CHECKING
 
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm import arraybox
 from volume.sim.xapi.sm import arraysr
 from volume.sim.xapi.sm.arraysr import ArraySr
 from volume.sim.xapi.sm.arraysr import elements
-from volume.sim.xapi.smtypes import fault
 from volume.sim.xapi.world import Array
 
 if TYPE_CHECKING:

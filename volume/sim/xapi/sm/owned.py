@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from volume.sim.xapi import disks
+from volume.sim.xapi.disk import disks
 
 if TYPE_CHECKING:
     from volume.sim.xapi.world import World

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from volume.sim.xapi.published.smtypes import fault
 from volume.sim.xapi.sm import arrays
 from volume.sim.xapi.sm import fabric
 from volume.sim.xapi.sm import groups
-from volume.sim.xapi.smtypes import fault
 from volume.sim.xapi.world import Lun
 from volume.sim.xapi.world import Share
 

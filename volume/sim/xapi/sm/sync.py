@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TYPE_CHECKING
 
-from volume.sim.xapi import cbt
+from volume.sim.xapi.disk import cbt
 from volume.sim.xapi.failure import NULL
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextlib import ExitStack
 from typing import Any, TYPE_CHECKING
 
-from volume.sim.xapi.disks import Disk
+from volume.sim.xapi.disk.disks import Disk
 
 if TYPE_CHECKING:
     from volume.model import Extent

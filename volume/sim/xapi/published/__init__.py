@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was published of servers: their calls, and what each release can."""
