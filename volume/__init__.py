@@ -14,9 +14,19 @@ above it in this list, and never what stands below it:
 * ``api cli``               the doors for people and programs
 """
 
-import importlib.metadata
+__version__: str
 
-try:
-    __version__ = importlib.metadata.version('volume-service')
-except importlib.metadata.PackageNotFoundError:  # run from a bare checkout
-    __version__ = '0.0.0'
+
+def __getattr__(name: str) -> str:
+    """Return the version, looked up when somebody asks for it.
+
+    That takes a second on a slow machine, and a node's agent never asks.
+    """
+    if name != '__version__':
+        raise AttributeError(f'module {__name__!r} has no {name!r}')
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version('volume-service')
+    except importlib.metadata.PackageNotFoundError:  # a bare checkout
+        return '0.0.0'

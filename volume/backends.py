@@ -25,6 +25,8 @@ from volume import model
 from volume.drivers import base
 from volume.exports import base as exports
 from volume.node import Node
+from volume.remote import ssh
+from volume.remote.node import SshNode
 
 LOG = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class Backend:
     reason: str = 'it was not checked yet'
     is_up: bool = False
     pools: dict[str, model.Pool] = dataclasses.field(default_factory=dict)
+    node: Node | None = None
+    """Where the storage is; None is the machine of this service, too."""
     _checking: threading.Lock = dataclasses.field(
         default_factory=threading.Lock
     )
@@ -75,7 +79,15 @@ class Backend:
 
     def refresh(self) -> None:
         """Ask the driver for its pools."""
-        self.pools = {pool.name: pool for pool in self.need().pools()}
+        pools = self.need().pools()
+        if self.node is not None and self.node.is_remote:
+            # QEMU runs here, and opens nothing that is there.
+            pools = [
+                dataclasses.replace(
+                    pool, features=pool.features - {'BlockNode'}
+                ) for pool in pools
+            ]
+        self.pools = {pool.name: pool for pool in pools}
 
     def need(self) -> base.Driver:
         """Return the driver.
@@ -185,14 +197,37 @@ def _load(
             ) from wrong
         if value is None and option.required:
             raise errors.Invalid(f'option {option.name} is missing')
-    _refuse_overlap(conf, group, driver, node)
-    made = Backend(name, group, None, None)
+    node = _place(group, node, driver, exporter)
+    if not node.is_remote:
+        _refuse_overlap(conf, group, driver, node)
+    made = Backend(name, group, None, None, node=node)
     with made.guard('__init__'):
         made.driver = driver(group, node)
         # Hosts reach such a storage by themselves.
         if not issubclass(driver, base.NativeAccess):
             made.exporter = exporter(group, node)
     return made
+
+
+def _place(group: Any, node: Node, driver: Any, exporter: Any) -> Node:
+    """Return the node of a section; those of one address share one."""
+    if not group.node:
+        return node
+    target = ssh.parse(
+        group.node, group.node_key_file, group.node_known_hosts_file,
+        group.node_command,
+    )
+    if not driver.may_be_remote:
+        raise errors.Invalid(
+            f'driver {group.driver} serves this machine alone: leave out '
+            f'node = {group.node}'
+        )
+    if not exporter.abilities.remote_node:
+        raise errors.Invalid(
+            f'exporter {group.exporter} serves this machine alone: choose '
+            f'another for the storage of {target.address}'
+        )
+    return node.neighbours.setdefault(target, SshNode(target))
 
 
 def _refuse_overlap(

@@ -44,7 +44,12 @@ MEANING: Mapping[int, type[errors.VolumeError]] = {
 
 CPU_GRACE_S = 5  # from SIGXCPU to SIGKILL
 PERCENT = re.compile(rb'\((\d+(?:\.\d+)?)/100%\)')  # qemu-img -p
-ENVIRONMENT = {'LC_ALL': 'C', 'PATH': '/usr/sbin:/usr/bin:/sbin:/bin'}
+ENVIRONMENT = {
+    'LC_ALL': 'C', 'PATH': '/usr/sbin:/usr/bin:/sbin:/bin',
+    # Each thread of librbd would reserve address space of its own, and
+    # qemu-img may have but so much, whatever the number of processors.
+    'MALLOC_ARENA_MAX': '4',
+}
 WRAPPERS = ('setpriv', 'prlimit')
 NOT_INSTALLED = re.compile(r'(setpriv|prlimit): failed to execute')
 SECRET = re.compile(

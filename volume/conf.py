@@ -187,6 +187,24 @@ BACKEND = (
         'exporter', default='nbd',
         help='How hosts reach the volumes: nbd, local, or installed ones.',
     ),
+    cfg.StrOpt(
+        'node', default='',
+        help='Machine that has the storage, if not this: ssh://user@host.\n\n'
+        'Or ssh://user@host:port. The agent of this release runs there, '
+        'bound to a key; driver and exporter work through it.',
+    ),
+    cfg.StrOpt(
+        'node_key_file', default='/etc/volume/node-key',
+        help='Private key, without a passphrase, that opens the node.',
+    ),
+    cfg.StrOpt(
+        'node_known_hosts_file', default='/etc/volume/node-known-hosts',
+        help='Host keys of nodes, in the format of ssh; others are refused.',
+    ),
+    cfg.StrOpt(
+        'node_command', default='volume-node-agent',
+        help='What is run on the node, unless its key is bound to a command.',
+    ),
     cfg.ListOpt('tags', default=[], help='Words that requests can ask for.'),
     cfg.IntOpt('cost', default=0, help='The cheapest pool that fits is used.'),
     cfg.StrOpt('cluster', default='', help='Only for requests of a cluster.'),
@@ -346,7 +364,11 @@ def plugins(namespace: str) -> dict[str, Any]:
     found: ExtensionManager[Any] = ExtensionManager(
         namespace, on_load_failure_callback=_note_failure,
     )
-    return {extension.name: extension.plugin for extension in found}
+    # In an order of their own: that of the installation is any.
+    return {
+        extension.name: extension.plugin
+        for extension in sorted(found, key=lambda each: each.name)
+    }
 
 
 def _note_failure(

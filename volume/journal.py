@@ -10,6 +10,7 @@ from its step, or is undone; there is no third way.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -248,11 +249,11 @@ def run(job: Job) -> bool:
         with job.node.hold(
             job.row.exclusive, job.row.shared,
             grace_s=0.0 if job.is_heir else GRACE_S,
-        ):
+        ), _Elsewhere(job) as elsewhere:
             while job.row.state == 'open':
                 if job.is_stopping():
                     raise Stopped(f'job {job.row.id} is left for later')
-                if not _advance(job):
+                if not _advance(job, elsewhere):
                     return False
     except Stopped:
         _give_back(job, job.db.clock())
@@ -292,7 +293,62 @@ def fail(job: Job, bug: BaseException) -> None:
         job.flow.ended(job)
 
 
-def _advance(job: Job) -> bool:
+class _Elsewhere(contextlib.ExitStack):
+    """The locks of a job on other machines, taken when they are needed.
+
+    They are a part of a step: a machine that cannot be reached is like a
+    storage that cannot, and the job is tried again, and undone in the end.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self._job = job
+        self._is_held = False
+
+    def hold(self) -> None:
+        """Hold them from now on.
+
+        :raises Unavailable: a machine cannot be reached, or a lock not taken
+        :raises LeaseLost: another manager has the job
+        """
+        if self._is_held:
+            return
+        job = self._job
+        grace_s = 0.0 if job.is_heir else GRACE_S
+        for node in self._nodes():
+            self.enter_context(node.hold(
+                job.row.exclusive, job.row.shared, grace_s, self._prove
+            ))
+        self._is_held = True
+
+    def _prove(self) -> None:
+        job = self._job
+        job.db.write(lambda session: job.fenced(session))
+
+    def _nodes(self) -> list[Node]:
+        """Return the machines that the job works on, beside this one."""
+        job = self._job
+        if not job.node.neighbours:
+            return []
+        backends = [job.backend]
+        for name in job.row.shared:
+            what, _, row_id = name.partition('-')
+            row = (
+                job.volume_row(row_id) if what == 'volume'
+                else job.snapshot_row(row_id)
+            )
+            # A source that this service does not serve is for the step to
+            # tell of.
+            with contextlib.suppress(errors.Unavailable):
+                backends.append(job.backend_of(row.backend))
+        found = {each.node for each in backends if each.node}
+        return sorted(
+            (each for each in found if each.is_remote),
+            key=lambda each: each.address,
+        )
+
+
+def _advance(job: Job, elsewhere: _Elsewhere) -> bool:
     """Do or undo one step; say whether to go on at once."""
     step = job.flow.steps[job.row.step]
     work = step.do if job.row.direction == 'do' else step.undo
@@ -302,6 +358,7 @@ def _advance(job: Job) -> bool:
         getattr(work, '__name__', 'nothing'),
     )
     try:
+        elsewhere.hold()
         if job.row.direction == 'do':
             if job.row.cancel and not step.is_late:
                 raise errors.Cancelled(f'job {job.row.id} was cancelled')

@@ -62,10 +62,27 @@ class Node:
     is_remote: bool = False
     """Whether several services may reach it, from other machines."""
 
+    address = ''
+    """Where it is, if it is another machine than this."""
+
     def __init__(self, state_dir: str, lock_dir: str = '') -> None:
-        self.state_dir = state_dir
-        self.lock_dir = lock_dir or os.path.join(state_dir, 'locks')
+        self._state_dir = state_dir
+        self._lock_dir = lock_dir or os.path.join(state_dir, 'locks')
         self.blockd: Blockd | None = None
+        self.neighbours: dict[Any, Node] = {}
+        """Other machines that this one works on, each with one connection."""
+
+    @property
+    def state_dir(self) -> str:
+        """A directory of this node, for what must be known after a restart."""
+        return self._state_dir
+
+    @property
+    def lock_dir(self) -> str:
+        return self._lock_dir
+
+    def close(self) -> None:
+        """Let go of a connection, if there is one; it is made again."""
 
     def act(self, what: str, effect: Callable[[], T]) -> T:
         """Have an effect on the world; the one place to inject faults."""
@@ -181,7 +198,16 @@ class Node:
 
     def list(self, path: str) -> list[str]:
         """Return the names in a directory, sorted."""
-        return self._by_name(names.names, path)
+        return self._by_name(names.list_, path)
+
+    def older(
+        self, path: str, age_s: float, others: Sequence[str]
+    ) -> Sequence[str]:
+        """Return which of these names beside a path are so much older.
+
+        By the clock of their file system alone: no two are compared.
+        """
+        return self._by_name(names.older, path, age_s, [*others])
 
     def make_directory(self, path: str) -> None:
         """Make a directory for this user alone, durably; its parents too."""
@@ -252,7 +278,7 @@ class Node:
         **options: P.kwargs,
     ) -> T:
         return self._file_act(
-            function.__name__, path,
+            function.__name__.rstrip('_'), path,
             lambda: function(path, *args, **options),
         )
 
@@ -324,7 +350,7 @@ class Node:
         """
         return self.act(
             f'start {os.path.basename(argv[0])}',
-            lambda: self.blocking(lambda: processes.start(argv, log_path)),
+            lambda: processes.start(argv, log_path),
         )
 
     def is_running(self, process: Process) -> bool:

@@ -26,9 +26,12 @@ NOBODY = 65534
 class Suite(conformance.DriverSuite):
 
     def setUp(self):
-        self.node = fixtures.make_node(self)
+        self.node = self.make_node()
         self.directory = self.make_directory()
         super().setUp()
+
+    def make_node(self):
+        return fixtures.make_node(self)
 
     def make_driver(self):
         conf = fixtures.settings(

@@ -4,12 +4,16 @@
 import os
 import unittest
 
+from tests import sshd
 from volume import backends
 from volume import conf as options
 from volume import errors
 from volume import model
+from volume.drivers import file
 from volume.node import Node
 from volume.testing import fixtures
+
+FAR = 'directories = /x\niscsi_portals = 192.0.2.1\n'
 
 
 class Sections(unittest.TestCase):
@@ -42,7 +46,7 @@ class Sections(unittest.TestCase):
     def test_a_driver_that_is_not_installed_is_named_with_those_that_are(self):
         reason = self.down('[bad]\ndriver = tape')
         self.assertIn("section [bad]: there is no driver 'tape'", reason)
-        self.assertIn('file, noop, qcow', reason)
+        self.assertRegex(reason, 'file, .*noop, .*qcow')
 
     def test_a_section_without_driver_says_so(self):
         self.assertIn('option driver is missing', self.down('[bad]\ncost=1'))
@@ -113,6 +117,52 @@ class Sections(unittest.TestCase):
                 )
                 self.assertIn('image directory', found['b'].reason)
 
+    def test_what_cannot_be_elsewhere_is_refused(self):
+        far = f'{FAR}node = ssh://storage1'
+        for section, words in (
+            ('driver = qcow\nexporter = lio', 'driver qcow serves this'),
+            ('driver = file\nexporter = nbd', 'exporter nbd serves this'),
+            ('driver = file\nexporter = local', 'exporter local serves'),
+            ('driver = file\nexporter = lio\nnode_command = a;b',
+             'node_command'),
+            ('driver = file\nexporter = lio\nnode_key_file = key',
+             'node_key_file'),
+        ):
+            with self.subTest(section):
+                self.assertIn(words, self.down(
+                    f'[bad]\n{section}\n{far}'
+                ))
+        self.assertIn('is no address', self.down(
+            '[bad]\ndriver = file\nexporter = lio\n'
+            f'{FAR}'
+            'node = storage1'
+        ))
+
+    def test_node_that_cannot_be_reached_is_a_reason(self):
+        self.assertIn('/none, cannot be read', self.down(
+            '[bad]\ndriver = file\nexporter = lio\n'
+            f'{FAR}'
+            'node = ssh://storage1\nnode_key_file = /none'
+        ))
+
+    def test_sections_of_one_address_share_a_connection(self):
+        text = '\n'.join(
+            f'[{name}]\ndriver = file\nexporter = lio\n'
+            f'{FAR}'
+            f'node = {node}\n'
+            for name, node in (
+                ('a', 'ssh://storage1'), ('b', 'ssh://root@storage1:22'),
+                ('c', 'ssh://storage2'),
+            )
+        )
+        found = self.load(text, 'a, b, c, good')
+        nodes = {name: each.node for name, each in found.items()}
+        self.assertIs(nodes['a'], nodes['b'])
+        self.assertEqual(3, len(set(map(id, nodes.values()))))
+        self.assertIs(nodes['a'], found['a'].driver.node)
+        self.assertIs(nodes['a'], found['a'].exporter.node)
+        self.assertEqual('ssh://root@storage1:22', nodes['a'].address)
+
 
 class Broken:
     """A driver with a bug in each verb."""
@@ -135,6 +185,21 @@ class Broken:
 
 
 class Guards(unittest.TestCase):
+    def test_qemu_opens_nothing_of_another_machine(self):
+        directory = fixtures.directory(self)
+        for node in fixtures.make_node(self), sshd.direct_node(self):
+            driver = file.FileDriver(fixtures.settings(
+                file.FileDriver, directories=[directory]
+            ), node)
+            backend = backends.Backend('b', None, driver, None, node=node)
+            backend.check()
+            self.assertEqual('', backend.reason)
+            pool = os.path.basename(directory)
+            self.assertTrue(backend.feature(pool, 'Resize'))
+            self.assertEqual(
+                not node.is_remote, backend.feature(pool, 'BlockNode')
+            )
+
     def test_a_drivers_bug_is_unknown_and_names_the_verb(self):
         backend = backends.Backend('b', None, Broken(), None)
         with self.assertLogs('volume.backends', 'ERROR') as logged:

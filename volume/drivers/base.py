@@ -98,6 +98,9 @@ class Driver(abc.ABC):
     """One storage system with one or more pools."""
 
     options: ClassVar[tuple[cfg.Opt, ...]] = ()
+    may_be_remote: ClassVar[bool] = False
+    """Whether the node may be another machine: all that the driver does is
+    done by methods of its node, and nothing by a path or a process here."""
     may_format: bool = True
     """Whether ``check`` may format storage; where somebody only wants to
     know how things are (``volume-manage check``) it may not."""

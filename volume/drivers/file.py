@@ -53,6 +53,7 @@ class FileDriver(
 ):
     """Sparse raw files in directories of this node."""
 
+    may_be_remote = True
     options = (
         cfg.ListOpt(
             'directories', required=True,
@@ -366,14 +367,9 @@ class FileDriver(
         Old is what our own probe, which was just made, is a minute younger
         than: no two clocks are compared, and nobody's probe is taken away.
         """
-        ours = self.node.about(own)
-        for name in filter(PROBE.fullmatch, self.node.list(path)):
-            left = os.path.join(path, name)
-            about = self.node.about(left) if left != own else None
-            if ours and about and (
-                about.modified_s < ours.modified_s - PROBE_OLD_S
-            ):
-                self.node.unlink(left)
+        left = list(filter(PROBE.fullmatch, self.node.list(path)))
+        for name in self.node.older(own, PROBE_OLD_S, left):
+            self.node.unlink(os.path.join(path, name))
 
     def _pool(self, path: str) -> model.Pool:
         name = os.path.basename(path)

@@ -21,6 +21,7 @@ from volume import model
 from volume.drivers import base
 from volume.flows.image_out import upload as upload
 from volume.flows.way import fd_path
+from volume.flows.way import opener
 from volume.flows.way import readable_node
 from volume.flows.way import scratch
 from volume.flows.way import Stored
@@ -167,13 +168,11 @@ def copy_volume(
     fresh: bool = False,
 ) -> None:
     """Fill a volume with the bytes of another, or of a snapshot."""
-    way = Way(node, '', '', watch, rate_bytes_per_s)
     check_fits(source.size_bytes, volume, f'source {source.id}')
-    if (
-        isinstance(source_driver, base.BlockNode)
-        and isinstance(target_driver, base.BlockNode)
-    ):
-        with readable_node(source_driver, source, node) as disk:
+    there = opener(target_driver, node)
+    way = Way(there or node, '', '', watch, rate_bytes_per_s)
+    if there is not None and opener(source_driver, node) is there:
+        with readable_node(source_driver, source, there) as disk:
             _convert_into(
                 target_driver, volume, disk, source.size_bytes, way, fresh
             )
@@ -233,6 +232,8 @@ class _Fill:
         self.wanted = wanted
         self.fresh = fresh
         self.name = name
+        # An image is here: can QEMU write into the volume from here?
+        self.is_opened = opener(driver, way.node) is way.node
 
     def from_file(
         self, image: Opened, declared_format: str | None
@@ -242,9 +243,7 @@ class _Fill:
         check_fits(info.virtual_size_bytes, self.volume, self.name)
         size_bytes = image.seek(0, os.SEEK_END)
         # With a checksum one pass is enough; without one QEMU is quicker.
-        if info.format == 'raw' and (
-            self.wanted or not isinstance(self.driver, base.BlockNode)
-        ):
+        if info.format == 'raw' and (self.wanted or not self.is_opened):
             image.seek(0)
             _copy_into(
                 self.driver, self.volume, image, size_bytes, self.way,
@@ -329,7 +328,7 @@ class _Fill:
         node = convert.image_node(fd_path(image), info.format)
         size_bytes = info.virtual_size_bytes
         convert.check(way.node, node, info.format, size_bytes)
-        if isinstance(self.driver, base.BlockNode):
+        if self.is_opened:
             _convert_into(
                 self.driver, self.volume, node, size_bytes, way, self.fresh
             )
@@ -391,7 +390,7 @@ class _Whole(io.RawIOBase):
 
 
 def _convert_into(
-    driver: base.BlockNode,
+    driver: base.Driver,
     volume: model.Volume,
     source: Mapping[str, Any],
     size_bytes: int,
@@ -399,7 +398,7 @@ def _convert_into(
     fresh: bool,
 ) -> None:
     """Convert into a volume, and see to it that all of it is durable."""
-    assert isinstance(driver, base.Driver)
+    assert isinstance(driver, base.BlockNode)
     if not fresh:
         with driver.writer(volume) as writer:
             writer.zero(0, writer.size_bytes)

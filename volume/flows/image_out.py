@@ -14,6 +14,7 @@ from volume import errors
 from volume import ids
 from volume.drivers import base
 from volume.flows.way import fd_path
+from volume.flows.way import opener
 from volume.flows.way import readable_node
 from volume.flows.way import scratch
 from volume.flows.way import Stored
@@ -64,7 +65,7 @@ def upload(
         with target.put(url) as image:
             if format == 'raw':
                 return _upload_raw(driver, source, image, way)
-            if format == 'vhd' and not isinstance(driver, base.BlockNode):
+            if format == 'vhd' and opener(driver, node) is not node:
                 return _upload_vhd(driver, source, image, way)
             return _upload_as(driver, source, image, format, url, way)
     except errors.Conflict:
@@ -185,7 +186,7 @@ def _readable(
     driver: base.Driver, source: Stored, way: Way
 ) -> Iterator[Mapping[str, Any]]:
     """Return how qemu-img reads a volume, by a raw copy if it must."""
-    if isinstance(driver, base.BlockNode):
+    if opener(driver, way.node) is way.node:
         with readable_node(driver, source, way.node) as disk:
             yield disk
         return

@@ -58,11 +58,24 @@ class Way:
         return os.path.join(self.spool_directory, f'{self.token}.spool')
 
 
+def opener(driver: base.Driver, here: Node) -> Node | None:
+    """Return the machine whose QEMU can open what the driver stores.
+
+    ``None`` if none can. What one machine has, qemu-img copies there; what
+    another has is read and written.
+    """
+    if not isinstance(driver, base.BlockNode):
+        return None
+    node = getattr(driver, 'node', here)
+    return node if node.is_remote else here
+
+
 @contextlib.contextmanager
 def readable_node(
-    driver: base.BlockNode, source: Stored, node: Node
+    driver: base.Driver, source: Stored, node: Node
 ) -> Iterator[Mapping[str, Any]]:
     """Return how qemu-img opens a volume, also one that is attached."""
+    assert isinstance(driver, base.BlockNode)
     blocknode = driver.blocknode(source)
     blockd = node.blockd
     path = _top_file(blocknode)

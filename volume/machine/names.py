@@ -113,8 +113,20 @@ def space(path: str) -> Space:
     )
 
 
-def names(path: str) -> list[str]:
+def list_(path: str) -> list[str]:
     return sorted(os.listdir(path))
+
+
+def older(path: str, age_s: float, others: list[str]) -> list[str]:
+    """Return which names beside a path are older than it, by that much."""
+    directory = os.path.dirname(path)
+    oldest_s = os.lstat(path).st_mtime - age_s
+    found = []
+    for name in others:
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(os.path.join(directory, name)).st_mtime < oldest_s:
+                found.append(name)
+    return found
 
 
 def mkdir(path: str) -> None:

@@ -19,6 +19,7 @@ WATCHERS = frozenset({
 })
 BLOCK = '/sys/dev/block'
 SHOWN_MAX = 8
+DEAD = (errno.ENXIO, errno.ENODEV, errno.EIO, errno.ENOMEDIUM)
 
 
 def users(path: str) -> list[str]:
@@ -29,7 +30,7 @@ def users(path: str) -> list[str]:
         return []
     if not stat.S_ISBLK(found.st_mode):
         key = (found.st_dev, found.st_ino)
-        return [*_processes(set(), key), *_loops(path)][:SHOWN_MAX]
+        return _few([*_processes(set(), key), *_loops(path)])
     devices = _with_partitions(found.st_rdev)
     named = [
         *_processes(devices, None), *_mounts(devices), *_swaps(devices),
@@ -38,7 +39,12 @@ def users(path: str) -> list[str]:
     # Asked last, and only said if nobody else could be named.
     if not named and _is_claimed(path):
         named = ['the kernel (it is mounted, or part of another device)']
-    return named[:SHOWN_MAX]
+    return _few(named)
+
+
+def _few(named: list[str]) -> list[str]:
+    # A mount has a line in each namespace that has it.
+    return list(dict.fromkeys(named))[:SHOWN_MAX]
 
 
 def _with_partitions(device: int) -> set[int]:
@@ -117,6 +123,10 @@ def _is_claimed(path: str) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except OSError as failed:
+        # The kernel looks for another's claim before it asks the device,
+        # which may have nothing behind it any more.
+        if failed.errno in DEAD:
+            return False
         if failed.errno != errno.EBUSY:
             raise
         return True

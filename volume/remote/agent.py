@@ -25,7 +25,6 @@ from _queue import SimpleQueue
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import volume
 from volume import errors
 from volume.machine.opened import Opened
 from volume.node import held
@@ -60,13 +59,21 @@ class Request:
     """What was asked, while it is being done."""
 
     def __init__(self, header: wire.Header, payload: bytearray) -> None:
-        self.id = header.get('id')
-        self.do = str(header.get('do', ''))
-        self.args: list[Any] = list(header.get('args') or ())
-        self.options: dict[str, Any] = dict(header.get('options') or {})
-        self.holds: list[int] = list(header.get('holds') or ())
+        self.id: int = header.get('id', -1)
+        self.do: str = header.get('do', '')
+        self.args: list[Any] = header.get('args', [])
+        self.options: dict[str, Any] = header.get('options', {})
+        self.holds: list[int] = header.get('holds', [])
         self.payload = payload
         self.is_cancelled = False
+        for value, kind in (
+            (self.id, int), (self.do, str), (self.args, list),
+            (self.options, dict), (self.holds, list),
+        ):
+            if not isinstance(value, kind):
+                raise wire.Broken(f'a request with {value!r:.40}')
+        if self.id < 0 or not self.do:
+            raise wire.Broken('a request without a number or a name')
 
 
 current: contextvars.ContextVar[Request] = contextvars.ContextVar('current')
@@ -94,9 +101,12 @@ class AgentNode(Node):
 class Agent:
     """One connection, and all that was asked through it."""
 
-    def __init__(self, state_dir: str, source: int, target: int) -> None:
+    def __init__(
+        self, state_dir: str, source: int, target: int, silence_s: float
+    ) -> None:
         self._source = source
         self._target = target
+        self._silence_s = silence_s
         self._sending = threading.Lock()
         self._is_over = threading.Event()
         self._node = AgentNode(state_dir, self._is_over)
@@ -115,15 +125,14 @@ class Agent:
         """Answer until nobody asks any more, and end all that was begun."""
         os.write(self._target, wire.MAGIC)
         self._send({
-            'hello': wire.VERSION, 'release': volume.__version__,
-            'state_dir': self._node.state_dir,
+            'hello': wire.VERSION, 'state_dir': self._node.state_dir,
             'lock_dir': self._node.lock_dir,
         })
         try:
             while frame := wire.receive(self._read_into):
                 self._take(*frame)
         except (wire.Broken, OSError) as failed:
-            print(f'volume-node-agent ends: {failed}', file=sys.stderr)
+            _say(f'volume-node-agent ends: {failed}')
         self._is_over.set()
         deadline = time.monotonic() + END_S
         while self._requests and time.monotonic() < deadline:
@@ -131,10 +140,8 @@ class Agent:
 
     def _read_into(self, buffer: memoryview) -> int:
         # Whoever is there says something from time to time.
-        if not select.select([self._source], [], [], wire.SILENCE_S)[0]:
-            raise wire.Broken(
-                f'nothing was heard for {wire.SILENCE_S:g} s'
-            )
+        if not select.select([self._source], [], [], self._silence_s)[0]:
+            raise wire.Broken(f'silence for {self._silence_s:g} s')
         return os.readv(self._source, [buffer])
 
     def _send(self, header: wire.Header, payload: Any = b'') -> None:
@@ -172,14 +179,17 @@ class Agent:
         self._work.put(request)
 
     def _at_once(self, request: Request) -> None:
+        number = request.args[0] if request.args else 0
+        if not isinstance(number, int):
+            raise wire.Broken(f'{number!r:.40} in the place of a number')
         if request.do == 'ping':
             self._send({'pong': True})
         elif request.do == 'release':
             with self._guard:
-                _, stack = self._turns.pop(request.args[0], (None, None))
+                _, stack = self._turns.pop(number, (None, None))
             if stack is not None:
                 stack.close()
-        elif waiting := self._requests.get(request.args[0]):
+        elif waiting := self._requests.get(number):
             waiting.is_cancelled = True
 
     def _help(self) -> None:
@@ -376,8 +386,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         '(default: %(default)s)',
     )
     parser.add_argument(
-        '--version', action='version',
-        version=f'{volume.__version__}, protocol {wire.VERSION}',
+        '--silence-s', type=float, default=wire.SILENCE_S,
+        help='end when nothing was heard for so long (default: %(default)g)',
+    )
+    parser.add_argument(
+        '--protocol', action='version', version=str(wire.VERSION),
+        help='say which protocol it speaks: the same as the service must',
     )
     args = parser.parse_args(argv)
     if os.isatty(0):
@@ -389,18 +403,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.dup2(2, 1)
     try:
         os.makedirs(args.state_path, 0o700, exist_ok=True)
-        agent = Agent(args.state_path, source, target)
+        agent = Agent(args.state_path, source, target, args.silence_s)
     except OSError as failed:
-        print(
+        _say(
             f'volume-node-agent: {args.state_path} cannot be used: '
-            f'{failed.strerror}; give another by --state-path',
-            file=sys.stderr,
+            f'{failed.strerror}; give another by --state-path'
         )
         return 1
     agent.serve()
     # Threads that hang in the kernel keep nobody waiting.
-    sys.stderr.flush()
     os._exit(0)
+
+
+def _say(words: str) -> None:
+    """Tell whoever reads what ssh prints."""
+    sys.stderr.write(f'{words}\n')
+    sys.stderr.flush()
 
 
 if __name__ == '__main__':

@@ -46,21 +46,18 @@ class Call:
         self.header: wire.Header | None = None
         self.payload = bytearray()
         self.bytes_max = bytes_max
-        self.was_sent = False
 
-    def take(self, header: wire.Header, payload: bytearray) -> bool:
-        """Take a frame; say whether it was the last one."""
+    def take(self, header: wire.Header, payload: bytearray) -> None:
+        """Take a frame; the last one ends the waiting."""
         if 'percent' in header:
             self.percent = float(header['percent'])
-            return False
+            return
         self.payload += payload
         if len(self.payload) > self.bytes_max:
             raise wire.Broken('an answer that is larger than was asked for')
-        if 'part' in header:
-            return False
-        self.header = header
-        self.event.set()
-        return True
+        if 'part' not in header:
+            self.header = header
+            self.event.set()
 
 
 class Link:
@@ -149,8 +146,7 @@ class Link:
         self.hello = frame[0]
         if self.hello.get('hello') != wire.VERSION:
             raise errors.Unavailable(
-                f'node {self.name}: its agent, of release '
-                f'{str(self.hello.get("release"))[:40]}, speaks protocol '
+                f'node {self.name}: its agent speaks protocol '
                 f'{str(self.hello.get("hello"))[:9]}, and this service '
                 f'{wire.VERSION}: install the same release on both'
             )
@@ -276,32 +272,35 @@ class Link:
     # What comes back.
 
     def _listen(self) -> None:
-        why = 'the connection was lost'
+        why = 'the connection failed by a bug'
         try:
             while frame := wire.receive(self._socket.recv_into):
-                self._heard_at = time.monotonic()
-                header, payload = frame
-                with self._guard:
-                    call = self._calls.get(header.get('id') or 0)
-                if call is not None:
-                    call.take(header, payload)
+                self._hear(*frame)
+            why = 'the connection was lost'
         except (wire.Broken, OSError) as failed:
             why = f'the connection was lost ({failed})'
-        except Exception as bug:
-            LOG.exception('node %s: the connection failed', self.name)
-            why = f'the connection failed by a bug ({type(bug).__name__})'
-        self._lose(why)
-        self._end_child()
-        LOG.warning('node %s: %s', self.name, self._said() or self._lost)
-        self._close()
+        finally:
+            self._lose(why)
+            self._end_child()
+            LOG.warning('node %s: %s', self.name, self._said() or self._lost)
+            self._close()
+
+    def _hear(self, header: wire.Header, payload: bytearray) -> None:
+        self._heard_at = time.monotonic()
+        if 'pong' in header:
+            if os.fstat(self._errors).st_size > STDERR_BYTES_MAX:
+                os.ftruncate(self._errors, 0)
+            return
+        with self._guard:
+            call = self._calls.get(header.get('id') or 0)
+        if call is not None:
+            call.take(header, payload)
 
     def _keep_alive(self) -> None:
         while not self._over.wait(wire.PING_S):
             if time.monotonic() - self._heard_at > wire.SILENCE_S:
                 self._lose(f'it was silent for {wire.SILENCE_S:g} s')
                 return
-            if os.fstat(self._errors).st_size > STDERR_BYTES_MAX:
-                os.ftruncate(self._errors, 0)
             self.post('ping')
 
     # The end.
@@ -313,10 +312,10 @@ class Link:
                 return
             self._lost = why
             calls = list(self._calls.values())
+            # Whoever sends or listens wakes, and ssh hears that it is over.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
         self._over.set()
-        # Whoever sends or listens wakes, and ssh hears that it is over.
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
         for call in calls:
             call.event.set()
 
@@ -339,6 +338,8 @@ class Link:
         return said.decode(errors='replace').strip()
 
     def _close(self) -> None:
+        """Close what is open; nobody may be about to use a descriptor."""
         self._over.set()
-        self._socket.close()
+        with self._sending, self._guard:
+            self._socket.close()
         os.close(self._errors)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +59,8 @@ _holds: contextvars.ContextVar[tuple[_Hold, ...]] = contextvars.ContextVar(
 
 class SshNode(Node):
     """A machine with an agent, at the other end of ssh."""
+
+    is_remote = True
 
     def __init__(self, target: ssh.Target) -> None:
         super().__init__('', '')
@@ -142,11 +146,14 @@ class SshNode(Node):
             answer: T = wire.decode(verb, result, found)
             return answer
 
-        return self._file_act(verb, path, ask)
+        return self._file_act(verb.rstrip('_'), path, ask)
+
+    def _file_act(self, verb: str, path: str, effect: Callable[[], T]) -> T:
+        # It waits for a socket, as any greenthread may.
+        return self.act(f'{verb} {os.path.basename(path)}', effect)
 
     def _file_look(self, verb: str, path: str, effect: Callable[[], T]) -> T:
-        # It waits for a socket, as any greenthread may.
-        return effect()
+        return self._file_act(verb, path, effect)
 
     # The kernel's settings, daemons and lasting processes.
 
@@ -205,6 +212,9 @@ class SshNode(Node):
         prove: Callable[[], None] | None = None,
     ) -> Iterator[None]:
         wanted = sorted({*exclusive, *shared})
+        if not wanted:
+            yield
+            return
         held = self._take(wanted, list(exclusive), grace_s, prove)
         token = _holds.set((*_holds.get(), held))
         try:
@@ -227,18 +237,18 @@ class SshNode(Node):
     ) -> _Hold:
         """Take the locks, by tickets that were seen before the proof."""
         link = self._connected()
+        timeout_s = grace_s + LOCK_S * (len(wanted) + 1) + SLACK_S
         for _ in range(HOLD_TRIES):
             seen, _ = self.act(
                 'look at locks', lambda: link.call('tickets', wanted)
             )
             if prove is not None:
                 prove()
-            number, _ = self.act(
-                'lock', lambda seen=seen: link.call(
-                    'hold', seen, exclusive, grace_s,
-                    timeout_s=grace_s + LOCK_S * (len(wanted) + 1) + SLACK_S,
-                )
+            lock = functools.partial(
+                link.call, 'hold', seen, exclusive, grace_s,
+                timeout_s=timeout_s,
             )
+            number, _ = self.act('lock', lock)
             if number is not None:
                 return _Hold(self, link, int(number))
         raise errors.Unavailable(
@@ -248,7 +258,9 @@ class SshNode(Node):
 
     # The connection.
 
-    def _ask(self, do: str, *args: Any, **options: Any) -> Any:
+    def _ask(
+        self, do: str, *args: Any, **options: Any
+    ) -> tuple[Any, bytearray]:
         link, holds = self._at_hand()
         return link.call(do, *args, holds=holds, **options)
 

@@ -127,7 +127,8 @@ def parse(
         raise errors.Invalid(f'node {address!r:.200}: {wrong}') from wrong
     user = parts.username or 'root'
     if (
-        parts.scheme != 'ssh' or parts.path.strip('/') or parts.query
+        not address.isprintable() or parts.scheme != 'ssh'
+        or parts.path.strip('/') or parts.query
         or parts.fragment or parts.password is not None
         or not USER.fullmatch(user)
         or not (HOST6 if ':' in host else HOST).fullmatch(host)

@@ -27,6 +27,7 @@ from volume.commands import CommandFailed
 from volume.commands import Endless
 from volume.machine import names
 from volume.machine import qemulocks
+from volume.machine import users
 
 MAGIC = b'volnode1'
 VERSION = 1
@@ -47,9 +48,9 @@ SILENCE_S = 60.0
 BY_NAME: Mapping[str, Callable[..., Any]] = {
     function.__name__: function for function in (
         names.about, names.exists, names.is_file, names.is_block, names.size,
-        names.allocated, names.space, names.names, names.mkdir, names.read,
-        names.write, names.rename, names.unlink, names.readlink, names.point,
-        names.link, names.clone, qemulocks.probe,
+        names.allocated, names.space, names.list_, names.older, names.mkdir,
+        names.read, names.write, names.rename, names.unlink, names.readlink,
+        names.point, names.link, names.clone, qemulocks.probe, users.users,
     )
 }
 """What is asked by a path; the agent does nothing else by a name."""
@@ -59,7 +60,8 @@ RESULTS: Mapping[str, type[Any]] = {
 }
 QUESTIONS = frozenset({
     'about', 'exists', 'is_file', 'is_block', 'size', 'allocated', 'space',
-    'names', 'read', 'readlink', 'probe', 'tickets', 'is_running',
+    'list_', 'older', 'read', 'readlink', 'probe', 'tickets', 'is_running',
+    'users',
     'file.size', 'file.pread_into', 'file.find',
 })
 """What changes nothing: without its answer nothing has happened."""
