@@ -9,6 +9,7 @@ another look, for a person may have extended the group.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import threading
@@ -162,14 +163,6 @@ class Group:
             if uuid in self._known else uuid for uuid in sorted(vg.missing)
         )
 
-    def segments(self, name: str) -> tuple[list[str], int]:
-        """Return which extents a logical volume has, and the version."""
-        rows = list(report.read_segments(self._run(
-            'lvs', *self._config(), '--reportformat', 'json',
-            '-o', 'lv_name,seg_pe_ranges,vg_seqno', f'{self.name}/{name}',
-        )))
-        return [ranges for _, ranges, _ in rows], rows[0][2] if rows else -1
-
     def _look(self, where: str) -> Vg:
         selected = ('-S', where) if where else ()
         return report.read_group(self._run(
@@ -181,7 +174,8 @@ class Group:
             *selected,
             '--configreport', 'pvseg', '-o', 'pvseg_start',
             '-S', 'pvseg_size<0',
-            '--configreport', 'seg', '-o', 'lv_name', '-S', NOTHING,
+            '--configreport', 'seg', '-o', ','.join(report.SEG_FIELDS),
+            *selected,
         ))
 
     # Doing.
@@ -189,9 +183,6 @@ class Group:
     def change(self, command: str, *argv: str) -> None:
         """Run a command that changes the group."""
         self._run(command, '--yes', *self._config(), *argv)
-
-    def path(self, lv: Lv) -> str:
-        return names.device(self.name, lv.name)
 
     def activate(self, lv: Lv) -> str:
         """Have its device, and return the path.
@@ -205,23 +196,28 @@ class Group:
             )
         if not lv.is_active:
             self.change('lvchange', '-ay', '-K', f'{self.name}/{lv.name}')
-        path = self.path(lv)
+        return self.await_device(lv.name)
+
+    def await_device(self, name: str) -> str:
+        """Return the path of what is active, once it is there."""
+        path = names.device(self.name, name)
         if not self.node.is_block(path):
             self.settle()
             if not self.node.is_block(path):
                 raise errors.Unavailable(
-                    f'{self.name}/{lv.name} is active, and udev has not '
-                    f'made {path}: look at udev'
+                    f'{self.name}/{name} is active, and udev has not made '
+                    f'{path}: look at udev'
                 )
         return path
 
-    def deactivate(self, lv: Lv) -> None:
+    def deactivate(self, lv: Lv) -> Lv:
         """Take its device away.
 
         :raises Busy: somebody has it open
         """
         if lv.is_active:
             self.change('lvchange', '-an', f'{self.name}/{lv.name}')
+        return dataclasses.replace(lv, is_active=False)
 
     def refuse_open(self, lv: Lv, verb: str) -> None:
         """Refuse what somebody has open.
@@ -240,10 +236,10 @@ class Group:
                 'uses it first'
             )
 
-    def rename(self, lv: Lv, role: str) -> str:
+    def rename(self, lv: Lv, role: str) -> Lv:
         name = f'{role}-{lv.id}'
         self.change('lvrename', self.name, lv.name, name)
-        return name
+        return dataclasses.replace(lv, name=name, role=role)
 
     def remove(self, name: str) -> None:
         self.change('lvremove', f'{self.name}/{name}')

@@ -22,6 +22,8 @@ MISSING = re.compile(
 TABLE: tuple[tuple[re.Pattern[str], type[errors.VolumeError]], ...] = (
     (MISSING, errors.Unavailable),
     (GROUP_GONE, errors.Unavailable),
+    (re.compile(r'duplicate PV devices|Multiple VGs found'),
+     errors.Unavailable),
     (re.compile(r'with system ID|is exported|Failed to find sysid'),
      errors.Invalid),
     (re.compile(r'lvmlockd|lock type|Cannot access .*shared'),
@@ -56,17 +58,12 @@ NOISE = re.compile(r'\s*(?:WARNING:|File descriptor \d+ )')
 
 def mean(failed: CommandFailed, doing: str) -> errors.VolumeError:
     """Return a command's failure as one of our errors."""
-    for words, kind in TABLE:
-        if words.search(failed.stderr):
-            return kind(f'cannot {doing}: {_said(failed)}')
-    return errors.Unknown(f'cannot {doing}: {failed}')
-
-
-def _said(failed: CommandFailed) -> str:
-    """Return the first line that is no warning: the others follow from it.
-    """
     lines = [
         line.strip() for line in failed.stderr.splitlines()
         if line.strip() and not NOISE.match(line)
     ]
-    return f'{(lines or [str(failed)])[0]:.300}'
+    for words, kind in TABLE:
+        if words.search('\n'.join(lines)):
+            # The first line: the others follow from it.
+            return kind(f'cannot {doing}: {lines[0]:.300}')
+    return errors.Unknown(f'cannot {doing}: {failed}')

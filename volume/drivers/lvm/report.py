@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from volume import errors
@@ -25,14 +25,16 @@ LV_FIELDS = (
     'lv_name', 'lv_uuid', 'lv_size', 'lv_tags', 'lv_role', 'lv_layout',
     'lv_active', 'lv_device_open', 'lv_suspended', 'lv_permissions',
     'lv_health_status', 'lv_check_needed', 'lv_snapshot_invalid',
-    'lv_when_full', 'lv_metadata_size', 'lv_skip_activation', 'zero',
-    'origin', 'origin_size', 'pool_lv', 'thin_id', 'data_percent',
-    'metadata_percent',
+    'lv_when_full', 'lv_metadata_size', 'lv_skip_activation', 'origin',
+    'origin_size', 'pool_lv', 'data_percent', 'metadata_percent',
 )
+SEG_FIELDS = ('lv_uuid', 'zero', 'thin_id', 'seg_pe_ranges')
 SCAN_FIELDS = (
     'pv_name', 'pv_uuid', 'pv_missing', 'pv_duplicate', 'vg_name', 'vg_uuid',
     'vg_lock_type', 'vg_systemid', 'vg_exported',
 )
+
+Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Lv:
     origin: str
     pool: str
     thin_id: int | None
+    ranges: tuple[str, ...]
     data_percent: float | None
     metadata_percent: float | None
     metadata_bytes: int
@@ -154,13 +157,19 @@ def read_group(text: str) -> Vg:
             f'lvm reports {len(rows)} groups where one was asked for'
         )
     row = rows[0]
+    segments: dict[str, list[Row]] = {}
+    for each in sections.get('seg', []):
+        segments.setdefault(_text(each, 'lv_uuid'), []).append(each)
     return Vg(
         _text(row, 'vg_name'), _text(row, 'vg_uuid'),
         _number(row, 'vg_seqno'), _number(row, 'vg_size'),
         _number(row, 'vg_free'), _number(row, 'vg_extent_size'),
         _number(row, 'vg_mda_size'), _number(row, 'vg_mda_free'),
         tuple(_pv(each) for each in sections.get('pv', [])),
-        tuple(_lv(each) for each in sections.get('lv', [])),
+        tuple(
+            _lv(each, segments.get(_text(each, 'lv_uuid'), []))
+            for each in sections.get('lv', [])
+        ),
     )
 
 
@@ -178,18 +187,9 @@ def read_scan(text: str) -> list[Seen]:
     ]
 
 
-def read_segments(text: str) -> Iterator[tuple[str, str, int]]:
-    """Yield name, ranges of a disk, and the group's version, by segment."""
-    for row in _sections(text).get('lv', []):
-        yield (
-            _text(row, 'lv_name'), _text(row, 'seg_pe_ranges'),
-            _number(row, 'vg_seqno'),
-        )
-
-
-def _sections(text: str) -> dict[str, list[Mapping[str, Any]]]:
+def _sections(text: str) -> dict[str, list[Row]]:
     try:
-        found: dict[str, list[Mapping[str, Any]]] = {}
+        found: dict[str, list[Row]] = {}
         for part in json.loads(text)['report']:
             for name, rows in part.items():
                 found.setdefault(name, []).extend(rows)
@@ -200,20 +200,20 @@ def _sections(text: str) -> dict[str, list[Mapping[str, Any]]]:
         ) from broken
 
 
-def _pv(row: Mapping[str, Any]) -> Pv:
+def _pv(row: Row) -> Pv:
     return Pv(
         _text(row, 'pv_name'), _text(row, 'pv_uuid'),
         _text(row, 'pv_missing') != '',
     )
 
 
-def _lv(row: Mapping[str, Any]) -> Lv:
+def _lv(row: Row, segments: list[Row]) -> Lv:
     name, tags = _text(row, 'lv_name'), _words(row, 'lv_tags')
     role, id = names.role_of(name, tags)
     roles = _words(row, 'lv_role')
     stored = _number(row, 'lv_size')
     size = _number(row, 'origin_size') if 'thicksnapshot' in roles else 0
-    thin_id = _text(row, 'thin_id')
+    thin_id = ''.join(_text(each, 'thin_id') for each in segments[:1])
     return Lv(
         name, _text(row, 'lv_uuid'), role, id, size or stored, stored, tags,
         roles, _words(row, 'lv_layout'),
@@ -225,31 +225,35 @@ def _lv(row: Mapping[str, Any]) -> Lv:
         is_skipped=_text(row, 'lv_skip_activation') != '',
         health=_text(row, 'lv_health_status'),
         needs_check=_text(row, 'lv_check_needed') not in ('', 'unknown'),
-        zeroes=_text(row, 'zero') == 'zero',
+        zeroes=any(_text(each, 'zero') == 'zero' for each in segments),
         errors_when_full=_text(row, 'lv_when_full') == 'error',
         origin=_text(row, 'origin'), pool=_text(row, 'pool_lv'),
         thin_id=int(thin_id) if thin_id.isdigit() else None,
+        ranges=tuple(
+            word for each in segments
+            for word in _text(each, 'seg_pe_ranges').split()
+        ),
         data_percent=_percent(row, 'data_percent'),
         metadata_percent=_percent(row, 'metadata_percent'),
         metadata_bytes=_number(row, 'lv_metadata_size'),
     )
 
 
-def _text(row: Mapping[str, Any], field: str) -> str:
+def _text(row: Row, field: str) -> str:
     # Internal ones have brackets around their names.
     return str(row.get(field, '')).strip('[]')
 
 
-def _words(row: Mapping[str, Any], field: str) -> frozenset[str]:
+def _words(row: Row, field: str) -> frozenset[str]:
     return frozenset(filter(None, _text(row, field).split(',')))
 
 
-def _number(row: Mapping[str, Any], field: str) -> int:
+def _number(row: Row, field: str) -> int:
     text = _text(row, field)
     return int(text) if text.isdigit() else 0
 
 
-def _percent(row: Mapping[str, Any], field: str) -> float | None:
+def _percent(row: Row, field: str) -> float | None:
     try:
         return float(_text(row, field))
     except ValueError:

@@ -25,6 +25,7 @@ from volume.drivers.lvm.report import Vg
 LOG = logging.getLogger(__name__)
 
 EXTENTS_MAX = (1 << 32) - 1
+DELETED = 'lv_name=~"^deleted-"'  # a selection of reports
 
 Thing = model.Volume | model.Snapshot
 
@@ -49,7 +50,7 @@ class Store(abc.ABC):
         """Prepare for work, or say why it cannot."""
 
     @abc.abstractmethod
-    def pool(self) -> model.Pool: ...
+    def pool(self, features: frozenset[str]) -> model.Pool: ...
 
     @abc.abstractmethod
     def create(self, volume: model.Volume) -> str: ...

@@ -10,11 +10,14 @@ area of one is split off first, and wiped by itself.
 
 from __future__ import annotations
 
+import threading
+
 from volume import errors
 from volume import model
-from volume.drivers import base
+from volume.drivers.lvm import forming
 from volume.drivers.lvm import store
 from volume.drivers.lvm import wiping
+from volume.drivers.lvm.groups import Group
 from volume.drivers.lvm.report import Lv
 from volume.drivers.lvm.report import Vg
 
@@ -28,19 +31,26 @@ class Thick(store.Store):
 
     lacks = frozenset({'Clone', 'Extents', 'Revert'})
 
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._alone = threading.Lock()
+        self._ending: set[str] = set()
+
     def check(self, may_format: bool) -> None:
+        if may_format and self.settings.may_create:
+            forming.form_group(self.group)
         self.group.find()
         vg = self.group.look()
         self.note(
             f'misses {self.group.missing_words(vg)}' if vg.missing else ''
         )
 
-    def pool(self) -> model.Pool:
+    def pool(self, features: frozenset[str]) -> model.Pool:
         vg = self.group.look()
         return model.Pool(
             vg.name, vg.size_bytes, 0 if vg.missing else vg.free_bytes,
             thin=False, granularity_bytes=vg.extent_bytes,
-            features=base.features(_driver()) - self.lacks,
+            features=features - self.lacks,
             max_volume_bytes=self.max_bytes(vg), device=f'vg:{vg.uuid}',
         )
 
@@ -59,18 +69,18 @@ class Thick(store.Store):
             return there.name
         if (old := vg.ours('deleted', volume.id)) is not None:
             self._end(old)
-        draft = vg.ours('draft', volume.id)
+        draft, name = vg.ours('draft', volume.id), f'draft-{volume.id}'
         if draft and draft.size_bytes != count * vg.extent_bytes:
-            self.group.remove(draft.name)
+            self.group.remove(name)
             draft = None
-        if draft is None:
-            draft = self._allocate(
-                vg, volume.id, 'draft', count, store.new_tags(volume)
-            )
-        path = self.group.activate(draft)
+        path = self.group.activate(draft) if draft else self._allocate(
+            vg, name, count, store.new_tags(volume)
+        )
         if self.settings.wipes_new:
-            wiping.wipe(self.node, path, 0, draft.size_bytes)
-        return self.group.rename(draft, 'volume')
+            wiping.wipe(self.node, path, 0, count * vg.extent_bytes)
+        made = f'volume-{volume.id}'
+        self.group.change('lvrename', vg.name, name, made)
+        return made
 
     def delete(self, volume: model.Volume) -> None:
         vg = self.group.about(volume.id)
@@ -82,19 +92,34 @@ class Thick(store.Store):
             self._end(old)
         for role in 'draft', 'tail':
             # Nobody has written to these but we, and that was zeros.
-            if (left := vg.ours(role, volume.id)) is not None:
+            left = vg.ours(role, volume.id)
+            if left is not None:
                 self.group.remove(left.name)
-        lv = vg.ours('volume', volume.id)
-        if lv is not None:
-            self.group.refuse_open(lv, 'delete')
-            self.group.deactivate(lv)
-            self.group.rename(lv, 'deleted')
-            gone = self.group.about(volume.id).ours('deleted', volume.id)
-            assert gone is not None
-            self._end(gone)
+        whole = vg.ours('volume', volume.id)
+        if whole is not None:
+            self.group.refuse_open(whole, 'delete')
+            whole = self.group.deactivate(whole)
+            self._end(self.group.rename(whole, 'deleted'))
 
     def _end(self, lv: Lv) -> None:
-        """Wipe what is called deleted, and remove it."""
+        """Wipe what is called deleted, and remove it.
+
+        :raises Unavailable: another thread is at it
+        """
+        with self._alone:
+            if lv.id in self._ending:
+                raise errors.Unavailable(
+                    f'{self.group.name}/{lv.name} is being wiped already: '
+                    'ask again when that has ended'
+                )
+            self._ending.add(lv.id)
+        try:
+            self._wipe_and_remove(lv)
+        finally:
+            with self._alone:
+                self._ending.discard(lv.id)
+
+    def _wipe_and_remove(self, lv: Lv) -> None:
         if lv.is_thick_snapshot:
             self.group.change(
                 'lvconvert', '--splitsnapshot',
@@ -151,26 +176,29 @@ class Thick(store.Store):
         else allocates meanwhile; of others the group's version tells. If
         one did, the tail is zeroed where it is, as nobody knows of it yet.
         """
-        tail = self._allocate(
-            vg, lv.id, 'tail', count, ['--addtag', f'volume:{lv.id}']
+        tail = f'tail-{lv.id}'
+        path = self._allocate(
+            vg, tail, count, ['--addtag', f'volume:{lv.id}']
         )
         if self.settings.wipes_new:
-            path = self.group.activate(tail)
-            wiping.wipe(self.node, path, 0, tail.size_bytes)
-            self.group.deactivate(self._again(tail))
+            wiping.wipe(self.node, path, 0, count * vg.extent_bytes)
+        self.group.change('lvchange', '-an', f'{vg.name}/{tail}')
         name, before = f'{vg.name}/{lv.name}', lv.size_bytes
         with self.group.allocating:
-            ranges, version = self.group.segments(tail.name)
-            self.group.remove(tail.name)
+            was = self.group.about(lv.id)
+            zeroed = was.ours('tail', lv.id)
+            if zeroed is None:
+                return False
+            self.group.remove(tail)
             try:
                 self.group.change(
-                    'lvextend', '-l', f'+{count}', name, *ranges
+                    'lvextend', '-l', f'+{count}', name, *zeroed.ranges
                 )
             except errors.NoSpace:
                 return False
         found = self.group.about(lv.id)
         grown = self.need(found, model.Volume(lv.id, vg.name, 0))
-        if self.settings.wipes_new and found.seqno != version + 2:
+        if self.settings.wipes_new and found.seqno != was.seqno + 2:
             path = self.group.activate(grown)
             wiping.wipe(self.node, path, before, grown.size_bytes)
         return True
@@ -204,27 +232,28 @@ class Thick(store.Store):
         lv = vg.ours('snap', snapshot.id)
         if lv is not None:
             self.group.refuse_open(lv, 'delete')
-            self.group.rename(lv, 'deleted')
-            vg = self.group.about(snapshot.id)
-        if (gone := vg.ours('deleted', snapshot.id)) is not None:
+            self._end(self.group.rename(lv, 'deleted'))
+        elif (gone := vg.ours('deleted', snapshot.id)) is not None:
             self._end(gone)
 
     # In the background.
 
     def upkeep(self) -> bool:
         """Extend one snapshot that fills up, or end what was deleted."""
+        vg = self.group.look(f'{store.DELETED} || lv_name=~"^snap-"')
         high = self.settings.extend_percent
         if self.settings.snapshot_percent < 100 and high < 100:
-            vg = self.group.look('lv_role=thicksnapshot')
             for lv in vg.lvs:
                 if lv.role == 'snap' and not lv.is_invalid and (
                     (lv.data_percent or 0) >= high
                 ) and lv.stored_bytes < lv.size_bytes:
                     self._extend_snapshot(vg, lv)
                     return True
-        left = self.group.look('lv_name=~"^deleted-"')
-        for lv in left.lvs:
-            if lv.role == 'deleted' and not lv.is_open:
+        for lv in vg.lvs:
+            if (
+                lv.role == 'deleted' and not lv.is_open
+                and lv.id not in self._ending
+            ):
                 self._end(lv)
                 return True
         return False
@@ -240,23 +269,22 @@ class Thick(store.Store):
     # Ours alone.
 
     def _allocate(
-        self, vg: Vg, id: str, role: str, count: int, tags: list[str]
-    ) -> Lv:
-        """Make a logical volume with whatever bytes lie there."""
-        self._refuse_full(vg, count, f'volume {id}')
-        self.refuse_taken(vg, f'{role}-{id}')
+        self, vg: Vg, name: str, count: int, tags: list[str]
+    ) -> str:
+        """Make a logical volume with whatever bytes lie there.
+
+        Return the path of its device.
+        """
+        self._refuse_full(vg, count, f'{vg.name}/{name}')
+        self.refuse_taken(vg, name)
         with self.group.allocating:
             # No signature is looked for, and no first page zeroed: all of
             # it will be.
             self.group.change(
-                'lvcreate', '-n', f'{role}-{id}', '-l', str(count), *tags,
-                '-ky', '-Wn', '-Zn', vg.name,
+                'lvcreate', '-n', name, '-l', str(count), *tags, '-ky', '-K',
+                '-Wn', '-Zn', vg.name,
             )
-        made = self.group.about(id).ours(role, id)
-        if made is None:
-            raise errors.Unknown(f'{vg.name}/{role}-{id} was made, and is '
-                                 'not there: look at the group')
-        return made
+        return self.group.await_device(name)
 
     def _refuse_full(self, vg: Vg, count: int, what: str) -> None:
         self.refuse_trouble(vg)

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a kernel can show of the lvm driver: bytes, full pools, disks.
+
+The groups are small, so that all of their space can be filled with a pattern
+before, and be looked through afterwards.
+"""
+
+import contextlib
+import unittest
+
+from tests import lab
+from tests.lab import case
+from tests.lab.lvm_case import LvmCase
+from volume import errors
+from volume import ids
+from volume import model
+from volume.cli import manage_lvm
+from volume.drivers.lvm import driver
+from volume.drivers.lvm import options
+
+MIB = model.MIB
+# An earlier owner's bytes, and a volume's own ones.
+OLD, OWN, OTHER = 0xa5, 0x5a, 0x41
+# Both go around the page cache. DEVICE BYTE COUNT SEEK, and DEVICE BYTE SKIP.
+FILL = '''
+import mmap, os, sys
+byte, count, seek = map(int, sys.argv[2:])
+f = os.open(sys.argv[1], os.O_WRONLY | os.O_DIRECT)
+block = mmap.mmap(-1, 1 << 20)
+block.write(bytes([byte]) * (1 << 20))
+for at in range(seek, seek + count):
+    assert os.pwrite(f, block, at << 20) == 1 << 20
+os.fsync(f)
+'''
+COUNT = '''
+import mmap, os, sys
+byte, skip = map(int, sys.argv[2:])
+f = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+block, found, at = mmap.mmap(-1, 1 << 20), 0, skip << 20
+while done := os.preadv(f, [block], at):
+    found += block[:done].count(bytes([byte]))
+    at += done
+print(found)
+'''
+VIRTIO = '/sys/bus/virtio/drivers/virtio_blk'
+SCATTER = '''
+import os, sys
+f = os.open(sys.argv[1], os.O_WRONLY)
+for at in range(0, 250, 25):
+    os.pwrite(f, os.urandom(4096), at << 20)
+os.fsync(f)
+'''
+
+
+class SmallCase(LvmCase):
+    """A group on small parts of two disks; two further disks are free."""
+
+    disks = 0
+    disk_bytes = 36 * MIB
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.addClassCleanup(cls.remove_group)
+
+    @classmethod
+    def make_group(cls, count=2):
+        for number in range(count):
+            cls.lvm(
+                'pvcreate', '--setphysicalvolumesize', f'{cls.disk_bytes}b',
+                case.disk(number),
+            )
+        cls.lvm('vgcreate', '-s', '1m', cls.group,
+                *(case.disk(number) for number in range(count)))
+
+    @classmethod
+    def remove_group(cls):
+        cls.guest.run(
+            'vgremove', '-ff', '-y', '-q', cls.group, check=False)
+        for number in range(4):
+            cls.guest.run(
+                'wipefs', '-qaf', case.disk(number), check=False)
+
+    @classmethod
+    def make_driver(cls, **options):
+        made = driver.LvmDriver(cls.settings(**options), cls.node)
+        made.check()
+        return made
+
+    def wish(self, size_bytes):
+        return model.Volume(ids.new(), self.group, size_bytes)
+
+    def fill(self, device, byte, count_mib, seek_mib=0):
+        self.guest.run(
+            'python3', '-c', FILL, device, str(byte), str(count_mib),
+            str(seek_mib),
+        )
+
+    def count(self, device, byte, skip_mib=0):
+        """Return how many bytes of a device are this one."""
+        return int(self.guest.run(
+            'python3', '-c', COUNT, device, str(byte), str(skip_mib)))
+
+    def map(self, made, volume):
+        return made.map(volume, model.Access.WRITE).path
+
+    @contextlib.contextmanager
+    def held_open(self, device):
+        """Have somebody in the guest use a device."""
+        user = self.guest.start(
+            'sh', '-c', f'exec 7<>{device}; echo ready; cat')
+        try:
+            self.assertEqual(b'ready\n', user.stdout.readline())
+            yield
+        finally:
+            user.communicate(timeout=60)
+
+
+class ThickBytesTest(SmallCase, unittest.TestCase):
+    """No byte of an earlier owner, wherever it may lie."""
+
+    provisioning = 'thick'
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.make_group()
+
+    def setUp(self):
+        super().setUp()
+        # All of the free space has an earlier owner's bytes.
+        self.lvm('lvcreate', '-Wn', '-Zn', '-l', '100%FREE', '-n', 'all',
+                 self.group)
+        size = int(self.guest.run(
+            'blockdev', '--getsize64', f'/dev/{self.group}/all'))
+        self.fill(f'/dev/{self.group}/all', OLD, size // MIB)
+        self.lvm('lvremove', f'{self.group}/all')
+        self.driver = self.make_driver()
+
+    def volume(self, size_mib=8):
+        volume = self.wish(size_mib * MIB)
+        self.driver.create(volume)
+        self.addCleanup(self.driver.delete, volume)
+        return volume
+
+    def free_bytes_that_are(self, byte):
+        """Look through what nobody has now."""
+        self.lvm('lvcreate', '-Wn', '-Zn', '-l', '100%FREE', '-n', 'all',
+                 self.group)
+        try:
+            return self.count(f'/dev/{self.group}/all', byte)
+        finally:
+            self.lvm('lvremove', f'{self.group}/all')
+
+    def test_new_volume_and_its_grown_tail_are_zero_under_use(self):
+        volume = self.volume()
+        path = self.map(self.driver, volume)
+        self.assertEqual(8 * MIB, self.count(path, 0))
+        self.fill(path, OWN, 8)
+        with self.held_open(path):
+            self.driver.resize(volume, 24 * MIB)
+            self.driver.resize(volume, 24 * MIB)
+        self.assertEqual(16 * MIB, self.count(path, 0))
+        self.assertEqual(8 * MIB, self.count(path, OWN))
+        self.assertEqual(
+            24 * MIB, self.driver.inspect(volume).size_bytes)
+        self.assertEqual([f'volume-{volume.id}'], self.lvs())
+
+    def test_nothing_of_a_deleted_volume_or_snapshot_is_left(self):
+        volume = self.volume()
+        path = self.map(self.driver, volume)
+        self.fill(path, OWN, 8)
+        snapshot = model.Snapshot(ids.new(), volume, volume.size_bytes)
+        self.driver.snapshot(snapshot)
+        self.fill(path, OTHER, 8)  # so that the area has its old bytes
+        with self.driver.reader(snapshot) as reader:
+            self.assertEqual(0x5a, reader.read(1)[0])
+        with self.held_open(path):
+            self.driver.delete_snapshot(snapshot)
+        self.driver.delete(volume)
+        self.assertEqual([], self.lvs())
+        self.assertEqual(0, self.free_bytes_that_are(OWN))
+        self.assertEqual(0, self.free_bytes_that_are(OTHER))
+        # It was there to be found.
+        self.assertLess(30 * MIB, self.free_bytes_that_are(OLD))
+
+    def test_volume_in_use_is_not_deleted_or_renamed(self):
+        volume = self.volume()
+        path = self.map(self.driver, volume)
+        self.fill(path, OWN, 1)
+        with self.held_open(path):
+            for deed in (
+                lambda: self.driver.delete(volume),
+                lambda: self.driver.unmap(volume),
+                lambda: self.driver.disown(volume),
+                lambda: self.driver.writer(volume).__enter__(),
+            ):
+                with self.assertRaises(errors.Busy):
+                    deed()
+        self.assertEqual([f'volume-{volume.id}'], self.lvs())
+        self.assertEqual(MIB, self.count(path, OWN))
+
+    def test_snapshot_that_overflows_says_so_and_can_be_deleted(self):
+        self.driver = self.make_driver(snapshot_percent=10)
+        volume = self.volume(16)
+        path = self.map(self.driver, volume)
+        snapshot = model.Snapshot(ids.new(), volume, volume.size_bytes)
+        self.driver.snapshot(snapshot)
+        self.fill(path, OWN, 16)
+        with self.assertRaisesRegex(errors.Corrupt, 'snapshot_percent'):
+            with self.driver.reader(snapshot):
+                pass
+        rows = manage_lvm.check(
+            options.read(self.settings()), self.node, {})
+        self.assertIn('overflowed', ' '.join(row['why'] for row in rows))
+        self.driver.delete_snapshot(snapshot)
+        self.assertEqual(16 * MIB, self.count(path, OWN))
+
+    def test_snapshot_that_fills_up_is_extended_in_time(self):
+        self.driver = self.make_driver(
+            snapshot_percent=30, extend_percent=20, extend_by_percent=100)
+        volume = self.volume(16)
+        path = self.map(self.driver, volume)
+        snapshot = model.Snapshot(ids.new(), volume, volume.size_bytes)
+        self.driver.snapshot(snapshot)
+        for at in range(0, 16, 2):
+            self.fill(path, OWN, 2, at)
+            while self.driver.upkeep(self.group):
+                pass
+        with self.driver.reader(snapshot) as reader:
+            self.assertFalse(any(reader.read(4 * MIB)))
+        self.driver.delete_snapshot(snapshot)
+
+
+class DisksTest(SmallCase, unittest.TestCase):
+    """Disks that come and go, and that are taken only when empty."""
+
+    provisioning = 'thick'
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.make_group()
+
+    def test_missing_disk_is_named_and_the_others_go_on(self):
+        made = self.make_driver()
+        here, there = self.wish(24 * MIB), self.wish(24 * MIB)
+        for volume in here, there:
+            made.create(volume)
+            self.addCleanup(made.delete, volume)
+        self.fill(self.map(made, here), OWN, 1)
+        made.unmap(there)
+        name = self.guest.run('readlink', '-f', case.disk(1)).strip()
+        link = self.guest.run(
+            'readlink', '-f', f'/sys/block/{name[5:]}/device').strip()
+        slot = link.rsplit('/', 1)[1]
+        self.guest.run('sh', '-c', f'echo {slot} > {VIRTIO}/unbind')
+        try:
+            with self.assertRaisesRegex(
+                errors.Unavailable, f'misses .*last seen as {name}'
+            ):
+                made.create(self.wish(MIB))
+            self.assertEqual(0, made.pools()[0].free_bytes)
+            with self.assertRaises(errors.VolumeError) as refused:
+                made.delete(there)
+            self.assertNotIsInstance(refused.exception, errors.NotFound)
+            self.assertEqual(MIB, self.count(self.map(made, here), OWN))
+            self.assertEqual(
+                24 * MIB, made.inspect(there).size_bytes)
+        finally:
+            self.guest.run('sh', '-c', f'echo {slot} > {VIRTIO}/bind')
+            self.guest.run('udevadm', 'settle')
+        made.check()
+        self.assertEqual(
+            24 * MIB, self.count(self.map(made, there), 0))
+
+    def test_group_that_a_person_extends_is_used_at_once(self):
+        made = self.make_driver()
+        volume = self.wish(100 * MIB)
+        with self.assertRaises(errors.NoSpace):
+            made.create(volume)
+        self.lvm('vgextend', self.group, case.disk(2))
+        try:
+            made.create(volume)
+            self.lvm('pvmove', case.disk(2)) if lab.FULL else None
+            made.delete(volume)
+        finally:
+            self.lvm('vgreduce', self.group, case.disk(2))
+            self.lvm('pvremove', case.disk(2))
+
+    def test_group_is_made_only_of_empty_devices_and_when_asked(self):
+        disk = case.disk(3)
+        wanted = {
+            'volume_groups': ['vg-made'], 'create': True, 'devices': [disk],
+            'provisioning': 'thin',
+        }
+        self.addCleanup(
+            self.guest.run, 'vgremove', '-ff', '-y', '-q', 'vg-made',
+            check=False)
+        looks = driver.LvmDriver(self.settings(**wanted), self.node)
+        looks.may_format = False
+        with self.assertRaisesRegex(errors.Unavailable, 'no volume group'):
+            looks.check()
+        self.guest.run('mkfs.ext4', '-q', '-F', disk, '64M')
+        with self.assertRaisesRegex(errors.Invalid, 'carries ext4'):
+            self.make_driver(**wanted)
+        self.guest.run('e2fsck', '-fn', disk)
+        self.guest.run('wipefs', '-qa', disk)
+        for _ in range(2):
+            made = self.make_driver(**wanted)
+        pool, = made.pools()
+        self.assertLess(3 << 30, pool.free_bytes)
+        self.assertTrue(pool.thin)
+
+
+class ThinPoolTest(SmallCase, unittest.TestCase):
+    """A pool that is nearly full, full, and looked into."""
+
+    provisioning = 'thin'
+    disk_bytes = 100 * MIB
+
+    def setUp(self):
+        self.make_group(1)
+        self.addCleanup(self.remove_group)
+        # Of so little metadata a tenth is in use at once.
+        self.lvm(
+            'lvcreate', '-T', '-L', '32m', '--poolmetadatasize', '2m',
+            '--errorwhenfull', 'y', f'{self.group}/pool',
+        )
+
+    def test_full_pool_refuses_and_goes_on_when_it_was_extended(self):
+        made = self.make_driver()
+        volume, other = self.wish(256 * MIB), self.wish(MIB)
+        for each in volume, other:
+            made.create(each)
+        path = self.map(made, volume)
+        self.fill(path, OWN, 16)
+        with self.assertRaises(lab.Failed):
+            self.fill(path, OLD, 32, 16)
+        self.assertEqual(16 * MIB, self.count(path, OWN))
+        with self.assertRaises(errors.NoSpace):
+            made.create(self.wish(MIB))
+        while made.upkeep(self.group):
+            pass
+        self.fill(path, OLD, 20, 16)
+        self.assertEqual(
+            (16 * MIB, 20 * MIB),
+            (self.count(path, OWN), self.count(path, OLD)),
+        )
+        for each in volume, other:
+            made.delete(each)
+
+    def test_snapshots_are_refused_before_metadata_are_full(self):
+        volume = self.wish(256 * MIB)
+        self.make_driver().create(volume)
+        used = float(self.guest.run(
+            'lvs', '--noheadings', '-o', 'metadata_percent',
+            f'{self.group}/pool',
+        ))
+        # Each snapshot that is broken takes about a fifth of a percent.
+        made = self.make_driver(
+            metadata_high_percent=int(used) + 1, extend_percent=100)
+        path = self.map(made, volume)
+        taken = []
+        with self.assertRaisesRegex(errors.NoSpace, 'metadata of thin pool'):
+            for _ in range(60):
+                snapshot = model.Snapshot(
+                    ids.new(), volume, volume.size_bytes)
+                made.snapshot(snapshot)
+                taken.append(snapshot)
+                # A block here and there breaks what is shared.
+                self.guest.run('python3', '-c', SCATTER, path)
+        self.assertTrue(taken)
+        for snapshot in taken:
+            made.delete_snapshot(snapshot)
+        made.snapshot(taken[0])
+        made.delete_snapshot(taken[0])
+        made.delete(volume)
+
+    def test_metadata_snapshot_that_was_left_is_released(self):
+        made = self.make_driver()
+        volume = self.wish(4 * MIB)
+        made.create(volume)
+        self.fill(self.map(made, volume), OWN, 1)
+        name = self.group.replace('-', '--') + '-pool-tpool'
+        hold = 'dmsetup', 'message', name, '0', 'reserve_metadata_snap'
+        self.guest.run(*hold)
+        with self.assertRaisesRegex(errors.Unavailable, 'another tool'):
+            list(made.extents(volume, None))
+        again = self.make_driver()
+        runs = list(again.extents(volume, None))
+        self.assertEqual(MIB, sum(run.length_bytes for run in runs))
+        self.assertTrue(self.guest.succeeds(*hold))
+        self.guest.run(*hold[:-1], 'release_metadata_snap')
+        made.delete(volume)
+
+    def test_check_compares_group_metadata_and_database(self):
+        made = self.make_driver()
+        volume, lost = self.wish(4 * MIB), self.wish(4 * MIB)
+        made.create(volume)
+        self.lvm('lvcreate', '-V', '4m', '--thinpool', 'pool', '-n',
+                 f'draft-{lost.id}', '--addtag', f'volume:{lost.id}',
+                 self.group)
+        known = {
+            volume.id: manage_lvm.Known(self.group, 'x', 8 * MIB),
+            lost.id: manage_lvm.Known(self.group, f'volume-{lost.id}', 1),
+        }
+        rows = manage_lvm.check(
+            options.read(self.settings()), self.node, known)
+        self.assertEqual(
+            {f'{self.group}/volume-{volume.id}',
+             f'{self.group}/draft-{lost.id}',
+             f'{self.group}/volume-{lost.id}'},
+            {row['what'] for row in rows},
+        )
+        for each in volume, lost:
+            made.delete(each)
+        self.assertEqual([], manage_lvm.check(
+            options.read(self.settings()), self.node, {}))
