@@ -3,7 +3,7 @@
 
 It listens on loopback alone, runs as an ordinary user in a directory of its
 own, is ended by pid, and leaves nothing behind. One is started in a process
-that needs it, and serves all its tests: each makes pools of its own.
+that needs it, and serves all its tests.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg num = {pgs}
 osd crush chooseleaf type = 0
-mon allow pool delete = true
 mon warn on pool no redundancy = false
 
 [mon]
@@ -72,6 +71,8 @@ auth allow insecure global id reclaim = false
 mgr data = {root}/mgr
 mgr module path = {modules}
 mgr initial modules =
+mgr stats period = 1
+mgr tick period = 1
 
 [osd]
 osd data = {root}/osd
@@ -145,6 +146,10 @@ class Cluster:
                 lambda: self.ceph('osd', 'stat')['num_up_osds'] == 1,
                 'the OSD is not up',
             )
+            self._await(
+                lambda: self.ceph('df')['stats']['total_avail_bytes'] > 0,
+                'the manager counts nothing',
+            )
         except BaseException:
             self.remove()
             raise
@@ -184,19 +189,17 @@ class Cluster:
         self.ceph('osd', 'pool', 'create', name, str(PGS), '--size', '1',
                   '--autoscale-mode', 'off')
         self.run('rbd', 'pool', 'init', name)
+        self._await(lambda: name in [
+            each['name'] for each in self.ceph('df')['pools']
+        ], f'no figures for {name}')
         return name
 
-    def drop(self, name: str) -> None:
-        """Remove a pool with all that is in it."""
-        self.ceph('osd', 'pool', 'rm', name, name,
-                  '--yes-i-really-really-mean-it')
-
-    def user(self, name: str, *caps: str) -> str:
-        """Make a user; return the file with its key."""
+    def user(self, name: str, *caps: str) -> None:
+        """Make a user, whose key is where the others' are."""
+        path = os.path.join(self.directory, 'key')
         self.ceph('auth', 'get-or-create', f'client.{name}', *caps)
-        path = os.path.join(self.directory, f'keyring.{name}')
         self.run('ceph', 'auth', 'get', f'client.{name}', '-o', path)
-        return path
+        self._tool('ceph-authtool', self.keyring, '--import-keyring', path)
 
     def ceph(self, *argv: str) -> Any:
         """Return what an administrator's command answers."""

@@ -71,3 +71,22 @@ def mean(
         )
     told.__cause__ = failed
     return told
+
+
+def no_connection(
+    who: str, failed: BaseException
+) -> errors.VolumeError:
+    """Say why there is no connection, and what to do."""
+    number = code(failed)
+    if number in (errno.EPERM, errno.EACCES):
+        return errors.Denied(
+            f'the cluster refuses {who}: make the user, and see that its '
+            'keyring is the one that the file names'
+        )
+    if number == errno.ENOENT:
+        return errors.Unavailable(
+            f'cannot connect as {who}: the file, or the keyring that it '
+            'names, is not there'
+        )
+    words = OPEN.get(number) or f'{type(failed).__name__} {number}'
+    return errors.Unavailable(f'cannot connect as {who}: {words}')

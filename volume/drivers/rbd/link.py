@@ -9,17 +9,19 @@ knowing of greenthreads, and its errors become ours by one table.
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from volume import concurrency
 from volume import errors
-from volume import model
 from volume.drivers.rbd import failures
 from volume.drivers.rbd import names
 from volume.drivers.rbd.options import Settings
+from volume.drivers.rbd.watched import Watched
 from volume.drivers.rbd.wire import Wire
 from volume.node import Node
 
@@ -27,6 +29,7 @@ LOG = logging.getLogger(__name__)
 
 T = TypeVar('T')
 Connect = Callable[[Settings], Wire]
+Told = Callable[[int, int], int]
 
 USER, TRASH = 0, 2  # librbd's namespaces of snapshots
 
@@ -57,6 +60,18 @@ class Link:
         """
         return self._call(what, effect, is_act=True)
 
+    def watched(
+        self, what: str, effect: Callable[[Wire, Told], object],
+        watch: Callable[[float], None],
+    ) -> None:
+        """As ``do``, for long work that tells how far it is."""
+        watched = Watched()
+
+        def work() -> None:
+            self._try(what, lambda wire: effect(wire, watched.told), True)
+
+        self.node.act(f'rbd {what}', lambda: watched.run(work, watch))
+
     @contextlib.contextmanager
     def image(
         self, pool: str, name: str = '', *, id: str = '',
@@ -71,9 +86,11 @@ class Link:
         """
         what = f'image {name or id} of pool {pool}'
         try:
-            raw = self.ask(f'open {name or id}', lambda wire: wire.rbd.Image(
-                wire.ioctx(pool), name or None, snapshot, is_read_only,
-                id or None,
+            wire, raw = self.ask(f'open {name or id}', lambda wire: (
+                wire, wire.rbd.Image(
+                    wire.ioctx(pool), name or None, snapshot, is_read_only,
+                    id or None,
+                ),
             ))
         except errors.NotFound as gone:
             if snapshot is not None:
@@ -89,7 +106,7 @@ class Link:
         try:
             yield Image(self, pool, raw, what)
         finally:
-            self.node.blocking(lambda: _close(raw))
+            self.node.blocking(lambda: _close(wire, raw))
 
     def _has_header(self, pool: str, name: str) -> bool:
         """Say whether an image is there but for what it stands on.
@@ -112,34 +129,27 @@ class Link:
     def _call(
         self, what: str, effect: Callable[[Wire], T], *, is_act: bool
     ) -> T:
-        def work() -> T:
-            wire = self._open()
-            try:
-                return effect(wire)
-            except errors.VolumeError:
-                raise
-            except Exception as failed:
-                if not _is_of(failed):
-                    raise
-                if failures.code(failed) in failures.LOST:
-                    self._drop(wire)
-                raise failures.mean(f'rbd {what}', failed, is_act) from failed
-
         return self.node.act(
-            f'rbd {what}', lambda: self.node.blocking(work)
+            f'rbd {what}', lambda: self.node.blocking(
+                lambda: self._try(what, effect, is_act))
         )
+
+    def _try(
+        self, what: str, effect: Callable[[Wire], T], is_act: bool
+    ) -> T:
+        wire = self._open()
+        try:
+            return effect(wire)
+        except wire.failures as failed:
+            if failures.code(failed) in failures.LOST:
+                self._drop(wire)
+            raise failures.mean(f'rbd {what}', failed, is_act) from failed
 
     def _open(self) -> Wire:
         with self._guard:
             if self._wire is None:
-                try:
-                    self._wire = self._connect(self.settings)
-                except errors.VolumeError:
-                    raise
-                except Exception as failed:
-                    if not _is_of(failed):
-                        raise
-                    raise _no_connection(self.settings, failed) from failed
+                self._wire = self._connect(self.settings)
+                weakref.finalize(self, _end, self._wire).atexit = False
             return self._wire
 
     def _drop(self, wire: Wire) -> None:
@@ -157,13 +167,21 @@ class Image:
         self.link = link
         self.pool = pool
         self.what = what
-        self._raw = raw
+        self.raw = raw
 
     def ask(self, what: str, effect: Callable[[Any], T]) -> T:
-        return self.link.ask(what, lambda wire: effect(self._raw))
+        return self.link.ask(what, lambda wire: effect(self.raw))
 
     def do(self, what: str, effect: Callable[[Any], T]) -> T:
-        return self.link.do(what, lambda wire: effect(self._raw))
+        return self.link.do(what, lambda wire: effect(self.raw))
+
+    def watched(
+        self, what: str, effect: Callable[[Any, Told], object],
+        watch: Callable[[float], None],
+    ) -> None:
+        """As ``do``, for long work; what ``watch`` raises ends it."""
+        self.link.watched(
+            what, lambda wire, told: effect(self.raw, told), watch)
 
     def size(self) -> int:
         return self.ask('size', lambda raw: int(raw.size()))
@@ -182,8 +200,7 @@ class Image:
         """Remove metadata, as far as it is there; keys may be prefixes."""
         for key in self.notes():
             if key.startswith(keys):
-                self.do('metadata_remove', lambda raw, key=key: _gone(
-                    lambda: raw.metadata_remove(key), KeyError))
+                self.do('metadata_remove', functools.partial(_forget, key))
 
     def snapshots(self) -> dict[str, int]:
         """Return name and size of the snapshots that users make."""
@@ -200,16 +217,14 @@ class Image:
     def parent(self) -> tuple[str, str] | None:
         """Return pool and id of the image that this is a clone of."""
 
-        def look(raw: Any) -> tuple[str, str] | None:
+        def look(wire: Wire) -> tuple[str, str] | None:
             try:
-                spec = raw.get_parent_image_spec()
-                return str(spec['pool_name']), str(raw.parent_id())
-            except Exception as failed:
-                if failures.code(failed) == errno.ENOENT:
-                    return None
-                raise
+                spec = self.raw.get_parent_image_spec()
+            except wire.rbd.ImageNotFound:
+                return None
+            return str(spec['pool_name']), str(self.raw.parent_id())
 
-        return self.ask('parent', look)
+        return self.link.ask('parent', look)
 
     def watchers(self) -> list[Mapping[str, Any]]:
         """Return who has the image open to be written, but for us."""
@@ -217,7 +232,7 @@ class Image:
         def look(wire: Wire) -> list[Mapping[str, Any]]:
             own = wire.client()
             return [
-                each for each in wire.watchers(self._raw)
+                each for each in wire.watchers(self.raw)
                 if each['id'] != own
             ]
 
@@ -227,44 +242,25 @@ class Image:
         self.do('remove_snap', lambda raw: raw.remove_snap(name))
 
 
-def is_whole(volume: model.Volume, notes: Mapping[str, str]) -> bool:
-    """Say whether the image was made to its end, and is this volume's."""
-    return notes.get(names.ID) == volume.id
+def is_signed(name: str, notes: Mapping[str, str]) -> bool:
+    """Say whether an image is a volume of ours."""
+    volume_id = names.volume_id(name)
+    return volume_id is not None and notes.get(names.ID) == volume_id
 
 
-def _is_of(failed: Exception) -> bool:
-    """Say whether it is an exception of one of the two libraries."""
-    return type(failed).__module__ in ('rados', 'rbd')
+def _forget(key: str, raw: Any) -> None:
+    with contextlib.suppress(KeyError):
+        raw.metadata_remove(key)
 
 
-def _gone(effect: Callable[[], None], kind: type[Exception]) -> None:
-    with contextlib.suppress(kind):
-        effect()
-
-
-def _close(raw: Any) -> None:
+def _close(wire: Wire, raw: Any) -> None:
     try:
         raw.close()
-    except Exception as failed:
+    except wire.failures as failed:
         # Nothing waits in a cache, so nothing is lost.
         LOG.debug('an image was not closed: %s', failed)
 
 
-def _no_connection(
-    settings: Settings, failed: Exception
-) -> errors.VolumeError:
-    who = f'client.{settings.user} by {settings.conf}'
-    if failures.code(failed) in (errno.EPERM, errno.EACCES):
-        return errors.Denied(
-            f'the cluster refuses {who}: make the user, and see that its '
-            'keyring is the one that the file names'
-        )
-    if failures.code(failed) == errno.ENOENT:
-        return errors.Unavailable(
-            f'cannot connect as {who}: the file, or the keyring that it '
-            'names, is not there'
-        )
-    return errors.Unavailable(
-        f'cannot connect as {who}: {type(failed).__name__} '
-        f'{failures.code(failed)}'
-    )
+def _end(wire: Wire) -> None:
+    """Close the connection of a driver that nobody has any more."""
+    concurrency.native().Thread(target=wire.close, daemon=True).start()

@@ -7,13 +7,17 @@
 ``volume-<id>@clone-<id>``     what that clone was made from; soon in the
                                trash of snapshots, and shown to nobody
 ``volume-<id>.disowned``       an image that we have let go of
-``volume-service.flatten``     an object whose keys are clones that stand on
-                               too many others
+``volume-service.begun``       an object whose keys are images that are being
+                               made
+``volume-service.flatten``     the same for clones that stand on too many
+                               others
 =============================  ============================================
 
-The name says which volume an image is. The metadata of an image is copied
-to its clones, so what stands there holds only beside the image's own id; an
-image with our name and without our id is a create or clone that never ended.
+An image is a volume of ours if its name says so and its metadata has the
+same id: it is *signed*. librbd copies metadata to clones, where the id is
+another's. What is unsigned is foreign, even with such a name (another service
+names its images in the same way); unless it is being made: then nobody has
+got it yet, and it may be thrown away.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ HOST = 'volume.host.'
 OURS = (ID, NOTE, REVERT, HOST)
 LIMIT = 'conf_rbd_qos_'  # librbd's own
 
+BEGUN = 'volume-service.begun'
 FLATTEN = 'volume-service.flatten'
 
 

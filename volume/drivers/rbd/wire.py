@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from volume import errors
+from volume.drivers.rbd import failures
 from volume.drivers.rbd.options import Settings
 
 
@@ -24,12 +25,22 @@ class Wire:
 
     def __init__(self, settings: Settings) -> None:
         self.rados, self.rbd = load('rados'), load('rbd')
+        self.failures = self.rados.Error, self.rbd.Error
         self.features = sum(
             getattr(self.rbd, 'RBD_FEATURE_' + name.upper().replace('-', '_'))
             for name in settings.features
         )
+        try:
+            self._cluster = self._connect(settings)
+        except self.failures as failed:
+            raise failures.no_connection(
+                f'client.{settings.user} by {settings.conf}', failed
+            ) from failed
+        self._ioctxs: dict[str, Any] = {}
+
+    def _connect(self, settings: Settings) -> Any:
         timeout = str(settings.timeout_s)
-        self._cluster = self.rados.Rados(
+        cluster = self.rados.Rados(
             conffile=settings.conf, rados_id=settings.user,
             clustername=settings.cluster, conf={
                 'client_mount_timeout': timeout,
@@ -42,8 +53,8 @@ class Wire:
                 'rbd_default_clone_format': '2',
             },
         )
-        self._cluster.connect(timeout=settings.timeout_s)
-        self._ioctxs: dict[str, Any] = {}
+        cluster.connect(timeout=settings.timeout_s)
+        return cluster
 
     def close(self) -> None:
         for ioctx in self._ioctxs.values():
@@ -94,7 +105,16 @@ class Wire:
         self._cluster.wait_for_latest_osdmap()
 
     def watchers(self, image: Any) -> list[Mapping[str, Any]]:
+        """Return who has an image open to be written."""
         return list(image.watchers_list())
+
+    def lockers(self, image: Any) -> list[tuple[str, str, str]]:
+        """Return client, cookie and address of who held the lock.
+
+        As of when the image was opened.
+        """
+        found = image.list_lockers()
+        return list(found['lockers']) if found else []
 
 
 def load(name: str) -> Any:
@@ -110,4 +130,3 @@ def load(name: str) -> Any:
             f'packages python3-rbd and python3-rados and, in a virtual '
             f'environment, run tools/link_ceph.py ({missing})'
         ) from missing
-
