@@ -106,9 +106,15 @@ def initiator(host: model.Host) -> str:
 def credentials(wanted: Export, wants: tuple[str, ...]) -> dict[str, str]:
     """Return the secrets of an attachment, checked; no more than are wanted.
 
+    One that was made before the options wanted them is restored without.
+
     :raises Invalid: one is missing, or cannot be given to a target
     """
-    found = {name: wanted.credentials.get(name, '') for name in wants}
+    found = {
+        name: wanted.credentials.get(name, '')
+        for pair in (ONE_WAY, MUTUAL) for name in pair
+        if name in wants and set(pair) & set(wanted.credentials)
+    }
     for name, value in found.items():
         if not _SECRET.fullmatch(value) or (
             name.endswith('password') and len(value) < SECRET_CHARS_MIN

@@ -18,6 +18,7 @@ from volume import identity
 from volume import ids
 from volume import model
 from volume.exports.base import Export
+from volume.exports.configfs import texts
 from volume.machine.ops import Op
 from volume.machine.ops import Result
 from volume.node import Node
@@ -53,7 +54,6 @@ class Store:
         return [
             Op.get(f'{self.path}/enable'),
             Op.get(f'{self.path}/udev_path'),
-            Op.get(f'{self.path}/attrib/emulate_tpu'),
         ]
 
     def is_whole(self, found: Sequence[Result]) -> bool:
@@ -90,15 +90,18 @@ class Store:
             Op.put(f'{self.path}/attrib/emulate_3pc', '0'),
         ]
 
-    def discards(self, found: Sequence[Result]) -> bool:
-        return found[2] == '1'
-
-    def discard_question(self) -> Op:
+    def limit_question(self) -> Op:
         """Ask how many blocks may be discarded at once; zero if none."""
         return Op.get(f'{self.path}/attrib/max_unmap_lba_count')
 
-    def let_discard(self) -> Op:
-        return Op.put(f'{self.path}/attrib/emulate_tpu', '1')
+    def let_discard(self, limit: Sequence[Result]) -> list[Op]:
+        """Let the host discard, if the device can."""
+        if limit == ['0']:
+            return []
+        return [Op.put(f'{self.path}/attrib/emulate_tpu', '1')]
+
+    def discard_question(self) -> Op:
+        return Op.get(f'{self.path}/attrib/emulate_tpu')
 
     def grow(self) -> list[Op]:
         """Return what tells the kernel that there is more.
@@ -159,16 +162,17 @@ def name(prefix: str, volume_id: str) -> str:
 
 def restored(node: Node, prefix: str) -> list[str]:
     """Return backstores with names of ours that stand elsewhere."""
-    (hbas,) = node.configure([Op.list(CORE)])
     others = [
-        f'{CORE}/{each}' for each in hbas or []
+        f'{CORE}/{each}' for each in texts(*node.configure([Op.list(CORE)]))
         if FOREIGN_HBA.fullmatch(each) and each not in HBAS
-    ] if isinstance(hbas, list) else []
+    ]
+    if not others:
+        return []
     found = node.configure([Op.list(each) for each in others])
     return [
         f'{hba}/{each}'
         for hba, names in zip(others, found, strict=True)
-        for each in (names if isinstance(names, list) else [])
+        for each in texts(names)
         if each.startswith(f'{prefix}volume-')
         and ids.is_id(each.removeprefix(f'{prefix}volume-'))
     ]

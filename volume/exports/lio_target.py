@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from volume import errors
 from volume import model
 from volume.exports.base import Export
+from volume.exports.configfs import texts
 from volume.exports.lio_store import ALIAS
 from volume.exports.lio_store import Store
 from volume.exports.portals import Portal
@@ -45,10 +46,6 @@ class Target:
     portals: tuple[Portal, ...]
     secrets: Mapping[str, str] = dataclasses.field(repr=False)
     store: Store
-
-    @property
-    def attachment_id(self) -> str:
-        return self.wanted.attachment_id
 
     @property
     def is_read_only(self) -> bool:
@@ -81,17 +78,17 @@ class Target:
         enabled, alias, admitted, protected, _ = found[-5:]
         if enabled != '1' or alias != ALIAS:
             return False
-        access = 'ro' if protected == '1' else 'rw'
         if admitted != [self.initiator]:
             raise errors.Conflict(
-                f'attachment {self.attachment_id} is exported to '
-                f'{", ".join(_names(admitted)) or "nobody"}, not to '
+                f'attachment {self.wanted.attachment_id} is exported to '
+                f'{", ".join(texts(admitted)) or "nobody"}, not to '
                 f'{self.initiator}: end it first'
             )
         if (protected == '1') != self.is_read_only:
+            access = 'read-only' if protected == '1' else 'for writing'
             raise errors.Conflict(
-                f'attachment {self.attachment_id} is exported as {access}: '
-                'end it first'
+                f'attachment {self.wanted.attachment_id} is exported '
+                f'{access}: end it first'
             )
         return self.store.is_whole(found)
 
@@ -119,11 +116,12 @@ class Target:
         return Op.put(f'{self.group}/enable', '1')
 
     def renew(self, found: Sequence[Result]) -> list[Op]:
-        """Return what may be changed while hosts work: secrets, portals."""
+        """Return what may be changed while hosts work."""
         wanted = {str(each) for each in self.portals}
-        there = set(_names(found[-1]))
+        there = set(texts(found[-1]))
         at = f'{self.group}/np'
         return [
+            *self.store.grow(),
             *self._attributes(),
             *self._auth(NO_SECRET),
             *(Op.mkdir(f'{at}/{each}') for each in sorted(wanted - there)),
@@ -151,12 +149,12 @@ class Target:
         ]
 
     def _auth(self, absent: str = '') -> list[Op]:
-        texts = {
+        values = {
             AUTH[name]: self.secrets.get(name, absent) for name in AUTH
         }
         return [
             Op.put(f'{self._admitted}/auth/{name}', text)
-            for name, text in texts.items() if text
+            for name, text in values.items() if text
         ]
 
 
@@ -182,7 +180,7 @@ def emptying(node: Node, name: str, store: str) -> list[Op]:
         Op.list(f'{at}/np'),
     ])
     hosts, luns, portals = (
-        [f'{at}/{kind}/{each}' for each in _names(names)]
+        [f'{at}/{kind}/{each}' for each in texts(names)]
         for kind, names in zip(('acls', 'lun', 'np'), lists, strict=True)
     )
     mapped = [
@@ -220,9 +218,5 @@ def _inside(node: Node, directories: list[str]) -> list[str]:
             directories, node.configure(list(map(Op.list, directories))),
             strict=True,
         )
-        for name in _names(names)
+        for name in texts(names)
     ]
-
-
-def _names(found: Result) -> list[str]:
-    return found if isinstance(found, list) else []

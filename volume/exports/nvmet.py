@@ -2,9 +2,7 @@
 """Volumes over NVMe/TCP, served by the kernel of the node (nvmet).
 
 Each attachment has a subsystem, whose one list admits one host; its one
-namespace is the volume, by the same UUID in all of them. All of it is
-written as configfs, in few round trips, and the kernel is asked what is
-there.
+namespace is the volume, by the same UUID in all of them.
 """
 
 from __future__ import annotations
@@ -12,43 +10,47 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from oslo_config import cfg
 
 from volume import errors
-from volume import ids
-from volume import model
 from volume import identity
+from volume import model
 from volume.exports import naming
 from volume.exports import nvmet_ports
-from volume.exports import portals
 from volume.exports.base import Abilities
 from volume.exports.base import Export
-from volume.exports.base import Exporter
-from volume.exports.nvmet_subsystem import MARK
+from volume.exports.configfs import ConfigfsExporter
+from volume.exports.configfs import Found
+from volume.exports.configfs import Names
+from volume.exports.nvmet_ports import PORTS
+from volume.exports.nvmet_subsystem import admitted
+from volume.exports.nvmet_subsystem import HOSTS
+from volume.exports.nvmet_subsystem import is_enabled
+from volume.exports.nvmet_subsystem import is_marked
+from volume.exports.nvmet_subsystem import mark_questions
 from volume.exports.nvmet_subsystem import NAMESPACE
 from volume.exports.nvmet_subsystem import namespace
 from volume.exports.nvmet_subsystem import removing
 from volume.exports.nvmet_subsystem import Subsystem
 from volume.exports.nvmet_subsystem import SUBSYSTEMS
+from volume.exports.portals import parse
+from volume.exports.portals import Portal
 from volume.machine.ops import Op
-from volume.machine.ops import Result
-from volume.node import CommandFailed
 from volume.node import Node
 
 LOG = logging.getLogger(__name__)
 
-MODULES = 'nvmet', 'nvmet-tcp'
 PORT = 4420
-AT_ONCE = 100  # exports in a round trip
 _NQN = r'nqn\.\d{4}-\d\d\.[A-Za-z0-9][A-Za-z0-9.-]*'
 _PREFIX = re.compile(rf'{_NQN}:[A-Za-z0-9._:-]*')
 _HOST = re.compile(rf'{_NQN}(:[A-Za-z0-9._:-]+)?')
 
 
-class NvmetExporter(Exporter):
+class NvmetExporter(ConfigfsExporter[Subsystem]):
     """Subsystems of the node's kernel; they outlive our service."""
 
     options: ClassVar[tuple[cfg.Opt, ...]] = (
@@ -74,112 +76,107 @@ class NvmetExporter(Exporter):
         online_resize=True, remote_node=True,
     )
 
+    directory = SUBSYSTEMS
+    modules = 'nvmet', 'nvmet-tcp'
+
     def __init__(self, conf: Any, node: Node) -> None:
         self.conf = conf
         self.node = node
+        # A host's entry is made and admitted, or removed, and nothing
+        # between.
+        self._hosts = threading.Lock()
+
+    @property
+    def prefix(self) -> str:
+        return str(self.conf.nvme_target_prefix)
 
     def check(self) -> None:
-        self._check_options()
-        try:
-            self.node.run('modprobe', '-a', *MODULES)
-        except CommandFailed as failed:
-            raise errors.Unavailable(
-                f'the kernel of the node has no NVMe target ({failed}): '
-                'install one with the modules ' + ', '.join(MODULES)
-            ) from failed
-        nvmet_ports.ready(self.node, self._portals())
-        self._remove_restored()
-
-    def export(self, wanted: Export) -> model.Connection:
-        found = self.export_many([wanted])[wanted.attachment_id]
-        if isinstance(found, errors.VolumeError):
-            raise found
-        return found
-
-    def export_many(
-        self, wanted: Sequence[Export]
-    ) -> dict[str, model.Connection | errors.VolumeError]:
-        found: dict[str, model.Connection | errors.VolumeError] = {}
-        subsystems = []
-        ports = nvmet_ports.ready(self.node, self._portals())
-        there = self._names()
-        for each in wanted:
-            try:
-                subsystems.append(self._subsystem(each, ports, there))
-            except errors.VolumeError as failed:
-                found[each.attachment_id] = failed
-        for start in range(0, len(subsystems), AT_ONCE):
-            found |= self._export_some(subsystems[start:start + AT_ONCE])
-        return found
-
-    def unexport(self, attachment_id: str) -> None:
-        attachment = ids.check(attachment_id, 'attachment')
-        for nqn, (_, each) in self._names().items():
-            if each == attachment:
-                self._remove(nqn)
-
-    def exported(self) -> set[str]:
-        return {attachment for _, attachment in self._names().values()}
-
-    def grow(self, wanted: Export) -> None:
-        nqn = naming.target(
-            self.conf.nvme_target_prefix, wanted.volume_id,
-            wanted.attachment_id,
-        )
-        self.node.configure([Op.put(f'{namespace(nqn)}/revalidate_size', '1')])
-
-    # Ours alone.
-
-    def _check_options(self) -> None:
-        prefix = self.conf.nvme_target_prefix
-        if not _PREFIX.fullmatch(prefix) or (
-            len(prefix) > naming.PREFIX_BYTES_MAX
+        if not _PREFIX.fullmatch(self.prefix) or (
+            len(self.prefix) > naming.PREFIX_BYTES_MAX
         ):
             raise errors.Invalid(
-                f'nvme_target_prefix {prefix!r:.80} is wrong: write it as '
-                'nqn.YYYY-MM.reversed.domain:, at most '
+                f'nvme_target_prefix {self.prefix!r:.80} is wrong: write it '
+                'as nqn.YYYY-MM.reversed.domain:, at most '
                 f'{naming.PREFIX_BYTES_MAX} characters'
             )
-        self._portals()
+        portals = self._portals()
+        self.load_modules()
+        nvmet_ports.ready(self.node, portals)
+        self.remove_restored()
 
-    def _portals(self) -> tuple[portals.Portal, ...]:
-        return portals.parse(self.conf.nvme_portals, 'nvme_portals', PORT)
+    def grow(self, wanted: Export) -> None:
+        space = namespace(naming.target(
+            self.prefix, wanted.volume_id, wanted.attachment_id
+        ))
+        self.node.configure([Op.put(f'{space}/revalidate_size', '1')])
 
-    def _names(self) -> dict[str, tuple[str, str]]:
-        """Return volume and attachment of each subsystem of ours, by NQN."""
-        (names,) = self.node.configure([Op.list(SUBSYSTEMS)])
-        found = {}
-        for name in names if isinstance(names, list) else []:
-            if parts := naming.parts(self.conf.nvme_target_prefix, name):
-                found[name] = parts
-        return found
-
-    def _subsystem(
-        self, wanted: Export, ports: Sequence[str],
-        there: Mapping[str, tuple[str, str]],
-    ) -> Subsystem:
-        nqn = naming.target(
-            self.conf.nvme_target_prefix, wanted.volume_id,
-            wanted.attachment_id,
-        )
+    def target(self, wanted: Export, name: str) -> Subsystem:
         if wanted.access is model.Access.READ:
             raise errors.Unsupported(
                 'the NVMe target cannot export a volume read-only: attach '
                 f'volume {wanted.volume_id} read-write, or use lio'
             )
-        for other, (volume_id, attachment_id) in there.items():
-            if attachment_id == wanted.attachment_id and other != nqn:
-                raise errors.Conflict(
-                    f'attachment {attachment_id} is of volume {volume_id}, '
-                    f'not of {wanted.volume_id}: end it first'
+        return Subsystem(name, wanted, _device(wanted), _host(wanted))
+
+    def make(
+        self, targets: Sequence[Subsystem], known: Mapping[str, Found]
+    ) -> None:
+        ports = nvmet_ports.ready(self.node, self._portals())
+        with self._hosts:
+            self.node.configure([
+                op for each in targets
+                for op in (
+                    *each.make(known[each.name][0]), *each.reach(ports),
                 )
-        return Subsystem(nqn, wanted, _device(wanted), _host(wanted), ports)
+            ])
+
+    def renew(
+        self, targets: Sequence[Subsystem], known: Mapping[str, Found]
+    ) -> None:
+        ports = nvmet_ports.ready(self.node, self._portals())
+        others = {
+            f'{PORTS}/{each}' for each in nvmet_ports.numbers(self.node)
+        }.difference(ports)
+        self.node.configure([
+            op for each in targets
+            for op in (*each.reach(ports), *each.leave(sorted(others)))
+        ])
+
+    def connections(
+        self, targets: Sequence[Subsystem]
+    ) -> dict[str, model.Connection]:
+        return {
+            each.wanted.attachment_id: self._connection(each)
+            for each in targets
+        }
+
+    def remove(self, name: str, names: Names) -> None:
+        ports = nvmet_ports.numbers(self.node)
+        hosts = admitted(self.node, name)
+        self.node.configure(removing(self.node, name, hosts, ports))
+        for host in hosts:
+            # Busy is one whom another subsystem admits, ours or not.
+            with self._hosts, contextlib.suppress(errors.Busy):
+                self.node.configure([Op.rmdir(f'{HOSTS}/{host}')])
+
+    def remove_restored(self) -> None:
+        names = self.names()
+        known = self.ask({name: mark_questions(name) for name in names})
+        for name, found in known.items():
+            if is_enabled(found) and not is_marked(found):
+                LOG.warning('%s was not made by this service: removed', name)
+                self.remove(name, names)
+
+    # Ours alone.
+
+    def _portals(self) -> tuple[Portal, ...]:
+        return parse(self.conf.nvme_portals, 'nvme_portals', PORT)
 
     def _connection(self, subsystem: Subsystem) -> model.Connection:
         """Return how the host connects, in the form that os-brick knows."""
         volume_id = subsystem.wanted.volume_id
         return model.Connection('nvmeof', {
-            'target_nqn': subsystem.nqn,
+            'target_nqn': subsystem.name,
             'vol_uuid': identity.nvme_uuid(volume_id),
             'volume_nguid': identity.nvme_nguid(volume_id),
             'ns_id': NAMESPACE,
@@ -192,108 +189,6 @@ class NvmetExporter(Exporter):
             'access_mode': subsystem.wanted.access.value,
             'discard': True,
         })
-
-    # Making.
-
-    def _export_some(
-        self, subsystems: Sequence[Subsystem]
-    ) -> dict[str, model.Connection | errors.VolumeError]:
-        """Export them together, and one by one if anything fails."""
-        found: dict[str, model.Connection | errors.VolumeError] = {}
-        if len(subsystems) > 1:
-            with contextlib.suppress(errors.VolumeError):
-                return found | self._export_together(subsystems)
-        trouble: errors.VolumeError | None = None
-        for each in subsystems:
-            try:
-                if trouble:
-                    raise trouble
-                found |= self._export_together([each])
-            except errors.VolumeError as failed:
-                found[each.wanted.attachment_id] = failed
-                if isinstance(failed, errors.Unavailable):
-                    trouble = failed  # the node's, so the next one's as well
-        return found
-
-    def _export_together(
-        self, subsystems: Sequence[Subsystem]
-    ) -> dict[str, model.Connection]:
-        known = self._look(subsystems)
-        new = [
-            each for each in subsystems if not each.is_there(known[each.nqn])
-        ]
-        try:
-            self.node.configure([
-                op for each in subsystems
-                for op in (each.make() if each in new else each.reach())
-            ])
-        except errors.VolumeError:
-            self._undo(new)
-            raise
-        return {
-            each.wanted.attachment_id: self._connection(each)
-            for each in subsystems
-        }
-
-    def _look(
-        self, subsystems: Sequence[Subsystem]
-    ) -> dict[str, Sequence[Result]]:
-        """Return how each is, when what is left of any is out of the way."""
-        known = self._ask({each.nqn: each.questions() for each in subsystems})
-        left = [
-            each for each in subsystems if each.is_there(known[each.nqn])
-            and not each.is_whole(known[each.nqn])
-        ]
-        if not left:
-            return known
-        for each in left:
-            self._remove(each.nqn)
-        return self._look(subsystems)
-
-    def _undo(self, subsystems: Sequence[Subsystem]) -> None:
-        """Remove what was half made; it may not be there, or not yet."""
-        for each in subsystems:
-            try:
-                self._remove(each.nqn)
-            except errors.VolumeError as failed:
-                LOG.warning('%s is left: %s', each.nqn, failed)
-                return
-
-    def _ask(
-        self, questions: Mapping[str, list[Op]]
-    ) -> dict[str, Sequence[Result]]:
-        """Return the answers by name, in one round trip."""
-        answers = iter(self.node.configure(
-            [op for ops in questions.values() for op in ops]
-        ))
-        return {
-            name: [next(answers) for _ in ops]
-            for name, ops in questions.items()
-        }
-
-    # Unmaking.
-
-    def _remove(self, nqn: str) -> None:
-        self.node.configure(
-            removing(self.node, nqn, nvmet_ports.numbers(self.node))
-        )
-
-    def _remove_restored(self) -> None:
-        """Remove what another tool has restored from its own records.
-
-        Those do not know today's hosts.
-        """
-        known = self._ask({
-            nqn: [
-                Op.get(f'{namespace(nqn)}/enable'),
-                Op.get(f'{namespace(nqn)}/{MARK}'),
-            ]
-            for nqn in self._names()
-        })
-        for nqn, (enabled, mark) in known.items():
-            if enabled == '1' and mark != '1':
-                LOG.warning('%s was not made by this service: removed', nqn)
-                self._remove(nqn)
 
 
 def _device(wanted: Export) -> model.Device:

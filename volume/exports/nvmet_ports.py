@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 from volume import errors
+from volume.exports.configfs import texts
 from volume.exports.portals import Portal
 from volume.machine.ops import Op
 from volume.machine.ops import Result
@@ -42,8 +43,7 @@ def ready(node: Node, portals: Sequence[Portal]) -> list[str]:
 
 
 def numbers(node: Node) -> list[str]:
-    (names,) = node.configure([Op.list(PORTS)])
-    return names if isinstance(names, list) else []
+    return texts(*node.configure([Op.list(PORTS)]))
 
 
 def _all(node: Node) -> dict[str, tuple[Result, ...]]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import re
 from collections.abc import Sequence
 
 from volume import errors
+
+# An address in brackets, or one of IPv4, and perhaps a port. One of IPv6 may
+# stand alone, without either.
+_PORTAL = re.compile(r'(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::([0-9]{1,5}))?')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,25 +54,21 @@ def parse(
 
 
 def _parse(text: str, option: str, default_port: int) -> Portal:
-    host, colon, port = text, '', ''
-    if text.startswith('['):
-        host, _, rest = text[1:].partition(']')
-        colon, port = rest[:1], rest[1:]
-    elif text.count(':') == 1:
-        host, colon, port = text.partition(':')
-    number = int(port) if port.isascii() and port.isdigit() else 0
+    match = _PORTAL.fullmatch(text)
+    host, port = (match[1] or match[2], match[3]) if match else (text, None)
     try:
         address = ipaddress.ip_address(host)
-        if (colon or port) and not (colon == ':' and 0 < number < 1 << 16):
+        number = default_port if port is None else int(port)
+        if not 0 < number < 1 << 16:
             raise ValueError(f'{port} is no port')
     except ValueError as wrong:
         raise errors.Invalid(
             f'{option}: {text!r:.80} is no address with a port ({wrong}): '
             'write it as 192.0.2.1:3260 or [2001:db8::1]:3260'
         ) from wrong
-    if address.is_unspecified:
+    if address.is_unspecified or '%' in text:
         raise errors.Invalid(
             f'{option}: hosts cannot connect to {text!r}: name the addresses '
             'themselves'
         )
-    return Portal(str(address), number or default_port)
+    return Portal(str(address), number)
