@@ -10,6 +10,8 @@ import ctypes.util
 import dataclasses
 import fcntl
 import os
+import select
+import socket
 import struct
 
 BLOCK_BYTES = 512
@@ -64,7 +66,7 @@ def _library():
     for name in (
         'iscsi_read10_sync', 'iscsi_write10_sync', 'iscsi_inquiry_sync',
         'iscsi_synchronizecache10_sync', 'iscsi_persistent_reserve_out_sync',
-        'iscsi_read10_task',
+        'iscsi_read10_task', 'iscsi_modesense6_sync',
     ):
         getattr(library, name).restype = ctypes.POINTER(_Task)
     return library
@@ -84,17 +86,16 @@ class Login:
     mutual_password: str = ''
 
     @classmethod
-    def of(cls, connection, initiator, **changes):
-        """Return the login that a connection asks for, but for changes."""
+    def of(cls, connection, initiator):
+        """Return the login that a connection asks for."""
         fields, proof = connection.fields, connection.credentials
-        made = cls(
+        return cls(
             fields['target_portal'], fields['target_iqn'],
             fields['target_lun'], initiator, proof.get('auth_username', ''),
             proof.get('auth_password', ''),
             proof.get('auth_mutual_username', ''),
             proof.get('auth_mutual_password', ''),
         )
-        return dataclasses.replace(made, **changes)
 
 
 class Session:
@@ -145,6 +146,13 @@ class Session:
             self._context, self._lun, int(page is not None), page or 0, 255
         ))
 
+    def sense_mode(self, page):
+        """Return a mode page."""
+        found = self._done(self._lib.iscsi_modesense6_sync(
+            self._context, self._lun, 1, 0, page, 0, 255
+        ))
+        return found[4 + found[3]:]
+
     @property
     def serial(self):
         """The unit serial number."""
@@ -164,14 +172,26 @@ class Session:
         return found
 
     def stall(self, count=64):
-        """Ask for much, and take none of it from the wire."""
+        """Ask for more than the wire holds, and take none of it.
+
+        Returns once the target has begun to send.
+        """
+        fd = self._lib.iscsi_get_fd(self._context)
+        with socket.socket(fileno=os.dup(fd)) as wire:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         for _ in range(count):
             self._lib.iscsi_read10_task(
-                self._context, self._lun, 0, MIB // 4, BLOCK_BYTES,
+                self._context, self._lun, 0, MIB, BLOCK_BYTES,
                 0, 0, 0, 0, 0, _nothing, None,
             )
-        for _ in range(count):
+        while self._lib.iscsi_out_queue_length(self._context):
+            if not select.select([], [fd], [], 0.5)[1]:
+                break
+            before = self._lib.iscsi_out_queue_length(self._context)
             self._lib.iscsi_service(self._context, POLL_OUT)
+            if self._lib.iscsi_out_queue_length(self._context) == before:
+                break  # it may not ask for more before it has read some
+        select.select([fd], [], [])
 
     def close(self):
         if self._context:

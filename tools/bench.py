@@ -3,10 +3,10 @@
 
 Measured are, one after the other: the embedded default (one process, SQLite,
 qcow2 layers), the same with 10,000 volumes, a stack of two processes on
-RabbitMQ and MariaDB whose driver stores nothing, and the driver ``xensm``
-over the simulator. The stack is what another control plane can be compared
-with; give its results by ``--peer``. Only a quiet machine gives figures that
-mean something: how busy others were is measured and said.
+RabbitMQ and MariaDB whose driver stores nothing, volumes over iSCSI, and the
+driver ``xensm`` over the simulator. The stack is what another control plane
+can be compared with; give its results by ``--peer``. Only a quiet machine
+gives figures that mean something: how busy others were is measured and said.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import bench_embedded
 import bench_scale
 import bench_stack
+import bench_tgt
 import bench_xensm
 from bench_table import Figure
 from bench_table import lines
@@ -36,7 +37,8 @@ PAGE = TOP / 'doc' / 'source' / 'performance.rst'
 FREE_BYTES = 8 << 30
 PARTS = {
     'embedded': bench_embedded.figures, 'scale': bench_scale.figures,
-    'stack': bench_stack.figures, 'xensm': bench_xensm.figures,
+    'stack': bench_stack.figures, 'tgt': bench_tgt.figures,
+    'xensm': bench_xensm.figures,
 }
 
 

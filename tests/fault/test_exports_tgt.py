@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tgt exporter over a real tgtd, spoilt at every act of every method."""
 
+import dataclasses
 import os
 import unittest
 
@@ -46,8 +47,9 @@ class TgtTest(repeat_exports.ExporterFaultSuite, unittest.TestCase):
         return self.enter(iscsi.Login.of(connection, self.host.iqn))
 
     def intrude(self, connection):
-        return self.enter(iscsi.Login.of(
-            connection, self.host.iqn, username='', mutual_username=''
+        return self.enter(dataclasses.replace(
+            iscsi.Login.of(connection, self.host.iqn), username='',
+            mutual_username='',
         ))
 
     def enter(self, login):

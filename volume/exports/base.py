@@ -58,7 +58,7 @@ class Exporter(abc.ABC):
     options: ClassVar[tuple[cfg.Opt, ...]] = ()
     accepts_blocknode: ClassVar[bool] = False
     outlives_service: ClassVar[bool] = True
-    is_shared: ClassVar[bool] = False
+    is_shared: bool = False
     """Whether every service of the node sees the same exports (those of its
     kernel), and not each only its own."""
     abilities: ClassVar[Abilities] = Abilities()

@@ -81,6 +81,7 @@ class TgtExporter(Exporter):
             name for name in iscsi.WANTS[conf.chap]
             if not name.endswith('username')
         )
+        self.is_shared = bool(conf.tgt_socket)
         self._daemon = Daemon(node, conf.tgt_socket, conf.tgt_io_threads)
         self._tgtd = self._daemon.tgtd
         self._was_warned = False
@@ -348,8 +349,8 @@ class TgtExporter(Exporter):
                     if time.monotonic() > deadline:
                         raise errors.Unavailable(
                             'a request of a host that is shut out is still '
-                            f'in the storage after {END_S:g} s: look at the '
-                            'storage, then repeat'
+                            f'there after {END_S:g} s: look at the storage, '
+                            'or end the host, then repeat'
                         ) from refused
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, 0.5)
@@ -363,8 +364,8 @@ class TgtExporter(Exporter):
             self._tgtd.delete_target(tid)
         except Refused as refused:
             if refused.code == tgt_wire.TARGET_ACTIVE:
-                # A host that takes nothing from the wire does not let its
-                # connection end. Without a LUN nothing can be in flight.
+                # A login that had begun before its host was shut out; it
+                # finds no LUN, so nothing of it can be in flight.
                 self._tgtd.delete_target(tid, by_force=True)
             elif refused.code != tgt_wire.NO_TARGET:
                 raise

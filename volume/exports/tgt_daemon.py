@@ -9,6 +9,7 @@ on the socket's name, so that there is never a second one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +26,12 @@ PLACES = ('/usr/sbin/tgtd', '/usr/local/sbin/tgtd', '/usr/bin/tgtd')
 SOCKET_PATH_BYTES_MAX = 107  # sun_path, and its zero byte
 START_S = 15.0
 LOG_BYTES_MAX = 1 << 20
+# A host that takes nothing from the wire is let go of, with what it has in
+# flight, after four such pauses. Until then its export cannot end.
+NOP_S, NOP_COUNT = 5, 3
+LOCKS = '/proc/locks'
+LOCKED = 'another tgtd is using'
+UNKNOWN = Process(0, '')  # one may run, and it is not known which
 
 
 class Daemon:
@@ -69,13 +76,15 @@ class Daemon:
         """
         if not self._is_ours:
             return False
-        if record := self._record():
-            return not self._node.is_running(record)
-        return not self._node.exists(self._socket)
+        record = self._record()
+        if record is None:
+            return not self._node.exists(self._directory)
+        return record != UNKNOWN and not self._node.is_running(record)
 
     def stop(self) -> None:
         """End our own one with everything that it exports."""
-        if self._is_ours and (record := self._record()):
+        record = self._record()
+        if self._is_ours and record and record != UNKNOWN:
             # It ignores the polite signal while it has targets.
             self._node.end(record, timeout_s=0.0)
 
@@ -86,18 +95,26 @@ class Daemon:
         return os.path.join(self._directory, 'socket')
 
     def _start(self, portals: tuple[Portal, ...]) -> None:
+        """Start one, or wait for the one that somebody else has started."""
         self._node.make_directory(self._directory)
-        record = self._record()
-        if record is None or not self._node.is_running(record):
+        process = self._record()
+        if (
+            process is None or process == UNKNOWN
+            or not self._node.is_running(process)
+        ):
             self._check_room()
-            record = self._node.start(self._argv(portals), self._log)
-            self._keep(record)
-        there = self._await(record)
+            # From here to the end one may run that nobody has written down.
+            self._keep(UNKNOWN)
+            process = self._node.start(self._argv(portals), self._log)
+        there = self._await(process)
+        if not self._has_lock(process):
+            return  # another process of the service was quicker
+        self._keep(process)
         wanted = {str(portal) for portal in portals}
         if there != wanted:
             # One that could not listen where it was told to listens on all
             # addresses of the machine instead.
-            self._node.end(record, timeout_s=0.0)
+            self._node.end(process, timeout_s=0.0)
             missing = ', '.join(sorted(wanted - there)) or 'no more'
             raise errors.Unavailable(
                 f'{PROGRAM} cannot listen on {missing}: {self._said()}'
@@ -107,31 +124,50 @@ class Daemon:
         return [
             'env', f'TGT_IPC_SOCKET={self._base}', PROGRAM, '--foreground',
             '--nr_iothreads', str(self._threads),
-            '--iscsi', ','.join(f'portal={portal}' for portal in portals),
+            '--iscsi', ','.join([
+                *(f'portal={portal}' for portal in portals),
+                f'nop_interval={NOP_S}', f'nop_count={NOP_COUNT}',
+            ]),
         ]
 
-    def _await(self, record: Process) -> set[str]:
+    def _await(self, process: Process) -> set[str]:
         """Wait until it answers; return where it listens.
 
         The one that answers may be another that was quicker, of another
-        process of the service.
+        process of the service: then this one ends by itself.
         """
         deadline, pause_s = time.monotonic() + START_S, 0.005
         while True:
             try:
                 return self.tgtd.portals()
             except errors.Unavailable as failed:
-                if not self._node.is_running(record):
+                said = self._said()
+                if (
+                    not self._node.is_running(process)
+                    and LOCKED not in said
+                ):
                     raise errors.Unavailable(
-                        f'{PROGRAM} does not start: {self._said()}'
+                        f'{PROGRAM} does not start: {said}'
                     ) from failed
                 if time.monotonic() > deadline:
                     raise errors.Unavailable(
-                        f'{PROGRAM}, process {record.pid}, does not answer '
-                        f'for {START_S:g} s: end it if it hangs'
+                        f'{PROGRAM} does not answer for {START_S:g} s: end '
+                        f'it if it hangs; it said: {said}'
                     ) from failed
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.1)
+
+    def _has_lock(self, process: Process) -> bool:
+        """Say whether it is this one that answers: it has the lock.
+
+        One that was too late may not have ended yet.
+        """
+        locks = self._node.read(LOCKS, LOG_BYTES_MAX * 2).decode()
+        return any(
+            line.split()[1:5] == ['POSIX', 'ADVISORY', 'WRITE',
+                                  str(process.pid)]
+            for line in locks.splitlines()
+        )
 
     def _check_path(self) -> None:
         if len(os.fsencode(self._socket)) > SOCKET_PATH_BYTES_MAX:
@@ -180,9 +216,11 @@ class Daemon:
             return None
 
     def _keep(self, record: Process) -> None:
-        self._node.write(
-            self._note, json.dumps(dataclasses.asdict(record)).encode()
-        )
+        text = json.dumps(dataclasses.asdict(record)).encode()
+        # Of two that write at once one finds its draft gone. What is there
+        # then says too little, never too much.
+        with contextlib.suppress(errors.NotFound):
+            self._node.write(self._note, text)
 
 
 def is_guessable(node: Node) -> bool:

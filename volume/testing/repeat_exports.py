@@ -65,6 +65,10 @@ class ExporterFaultSuite(workbench.Case):
         """Read as one who knows all but the secret; raise if refused."""
         raise errors.Denied('there is no secret to be without')
 
+    def return_to(self, connection: model.Connection) -> bytes:
+        """Read as the host when its access has ended; raise if refused."""
+        return self.read(connection)
+
     def leftovers(self) -> object:
         """Return what there is beyond what ``exported`` says.
 
@@ -145,9 +149,8 @@ class ExporterFaultSuite(workbench.Case):
 
     def is_worth(self, fault: faults.Fault) -> bool:
         """Say whether to try a fault."""
-        return self.is_thorough or (
-            (fault.kind, fault.is_late) in (('refused', False), ('crash', True))
-        )
+        most = ('refused', False), ('crash', True)
+        return self.is_thorough or (fault.kind, fault.is_late) in most
 
     def play(
         self, fault: faults.Fault, prepare: Deed, deed: Deed, wanted: object
@@ -207,7 +210,7 @@ class ExporterFaultSuite(workbench.Case):
             connection = self.connections.get(each.attachment_id)
             if connection is not None:
                 with self.assertRaises(Exception, msg=words):  # noqa: B017
-                    self.read(connection)
+                    self.return_to(connection)
         bystander = self.connections[self.bystander.attachment_id]
         self.assertEqual(self.images[2], self.read(bystander), words)
         self.assertEqual(self.empty, self.leftovers(), words)

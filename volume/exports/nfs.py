@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes that are files, over the NFS server of the node's kernel.
+
+For each attachment there is a directory beside the volume, with one name for
+the volume's file in it, exported to the host's address alone. A host is
+somebody without rights, ``nfs_uid``, to whom the file belongs from then on;
+the directory does not, so that a host makes no files of its own.
+
+With the export goes all access: the server looks at it before each request,
+also for a file that is open. Which exports there are is asked of the server;
+where an attachment's directory is stands in a link, for what has a directory
+and is not exported yet, or no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import logging
+import os
+import re
+from typing import Any, ClassVar
+
+from oslo_config import cfg
+
+from volume import errors
+from volume import ids
+from volume import model
+from volume.exports.base import Export
+from volume.exports.base import Exporter
+from volume.node import Node
+from volume.node import Op
+
+LOG = logging.getLogger(__name__)
+
+SERVER = '/proc/fs/nfsd'
+PLACE = '.exports'  # the file driver passes over names with a dot
+PLAIN = re.compile(r'/[A-Za-z0-9/._@+-]+')
+LINE = re.compile(r'(/\S+)\s+(\S+?)\((.*)\)')
+STATE = re.compile(r'superblock: "([0-9a-f:]+)"')
+NOBODY = 65534
+
+OPTIONS: tuple[cfg.Opt, ...] = (
+    cfg.StrOpt(
+        'nfs_address', required=True,
+        help='Address of this node from which hosts mount.',
+    ),
+    cfg.IntOpt(
+        'nfs_uid', default=NOBODY, min=1, max=(1 << 32) - 2,
+        help='User and group to whom volumes belong while hosts use them.\n\n'
+        'All users of a host are this one. Give a number that nothing else '
+        'on the node runs as.',
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exported:
+    """A line of the server's table."""
+
+    path: str
+    client: str
+    is_read_only: bool
+
+
+class NfsExporter(Exporter):
+    """A directory for each attachment; the server outlives our service."""
+
+    options: ClassVar[tuple[cfg.Opt, ...]] = OPTIONS
+    outlives_service: ClassVar[bool] = True
+    abilities: ClassVar[model.Abilities] = model.Abilities(
+        auth=('address',), remote_node=True,
+    )
+
+    def __init__(self, conf: Any, node: Node) -> None:
+        self.conf = conf
+        self.node = node
+        self.is_shared = True
+
+    def check(self) -> None:
+        self._address(self.conf.nfs_address, 'nfs_address')
+        try:
+            threads = self.node.read(f'{SERVER}/threads').strip()
+        except errors.NotFound:
+            threads = b'0'
+        if threads == b'0':
+            raise errors.Unavailable(
+                'the NFS server of the node does not run: start '
+                'nfs-kernel-server'
+            )
+        self.node.make_directory(self._directory)
+
+    def export(self, wanted: Export) -> model.Connection:
+        attachment = ids.check(wanted.attachment_id, 'attachment')
+        path = self._path(wanted)
+        client = self._client(wanted.host)
+        is_read_only = wanted.access is model.Access.READ
+        directory = os.path.join(os.path.dirname(path), PLACE, attachment)
+        name = f'volume-{wanted.volume_id}'
+        there = self._exported().get(attachment)
+        if there not in (None, Exported(directory, client, is_read_only)):
+            raise errors.Conflict(
+                f'attachment {attachment} is exported otherwise ({there}): '
+                'end it first'
+            )
+        self.node.point(self._link(attachment), directory)
+        self._put(directory, name, path)
+        # The kernel's user of all hosts; it may do what is written here.
+        uid = self.conf.nfs_uid
+        self.node.run('chown', '--no-dereference', f'{uid}:{uid}', path)
+        access = 'ro' if is_read_only else 'rw'
+        self.node.run(
+            'exportfs', '-o',
+            f'{access},sync,subtree_check,all_squash,anonuid={uid},'
+            f'anongid={uid}',
+            f'{_bracketed(client)}:{directory}',
+        )
+        server = _bracketed(
+            self._address(self.conf.nfs_address, 'nfs_address')
+        )
+        return model.Connection('nfs', {
+            'export': f'{server}:{directory}', 'name': name,
+            'options': None, 'format': 'raw',
+        })
+
+    def unexport(self, attachment_id: str) -> None:
+        attachment = ids.check(attachment_id, 'attachment')
+        there = self._exported().get(attachment)
+        if there is not None:
+            self.node.run(
+                'exportfs', '-u', f'{_bracketed(there.client)}:{there.path}'
+            )
+            if attachment in self._exported():
+                raise errors.Unknown(
+                    f'attachment {attachment} is still exported by NFS after '
+                    'its end'
+                )
+        link = self._link(attachment)
+        try:
+            directory = self.node.readlink(link)
+        except errors.NotFound:
+            if there is None:
+                return
+            directory = there.path
+        self._clear(directory)
+        self.node.unlink(link)
+
+    def exported(self) -> set[str]:
+        return set(self._exported())
+
+    # Ours alone: questions.
+
+    @property
+    def _directory(self) -> str:
+        return os.path.join(self.node.state_dir, 'nfs')
+
+    def _link(self, attachment: str) -> str:
+        return os.path.join(self._directory, attachment)
+
+    def _exported(self) -> dict[str, Exported]:
+        """Return by attachment what the server has of ours."""
+        found = {}
+        for line in self.node.run(
+            'exportfs', '-s', output_bytes_max=64 << 20
+        ).splitlines():
+            match = LINE.match(line)
+            if not match:
+                continue
+            place, name = os.path.split(match[1])
+            if os.path.basename(place) == PLACE and ids.is_id(name):
+                found[name] = Exported(
+                    match[1], match[2], 'ro' in match[3].split(',')
+                )
+        return found
+
+    def _path(self, wanted: Export) -> str:
+        """Return the volume's file.
+
+        :raises Unsupported: it is none
+        :raises Corrupt: it is smaller than the volume
+        """
+        source = wanted.source
+        if (
+            not isinstance(source, model.Device) or source.is_block
+            or source.format != 'raw'
+        ):
+            raise errors.Unsupported(
+                f'volume {wanted.volume_id} is not one raw file of the node, '
+                'and NFS serves no other; use another exporter'
+            )
+        if not PLAIN.fullmatch(source.path):
+            raise errors.Unsupported(
+                f'{source.path!r:.200} cannot be named to the NFS server: '
+                'give the pool a directory without spaces or signs'
+            )
+        if self.node.size(source.path) < wanted.size_bytes:
+            raise errors.Corrupt(
+                f'{source.path} is smaller than volume {wanted.volume_id}'
+            )
+        return source.path
+
+    def _client(self, host: model.Host) -> str:
+        """Return the address from which the host mounts.
+
+        :raises Invalid: it gave none
+        """
+        for address in host.addresses[:1]:
+            return self._address(address, f'the ip of host {host.name}')
+        raise errors.Invalid(
+            f'host {host.name} has not said its address (ip), by which alone '
+            'NFS knows it'
+        )
+
+    def _address(self, text: str, what: str) -> str:
+        try:
+            return str(ipaddress.ip_address(text))
+        except ValueError as wrong:
+            raise errors.Invalid(
+                f'{what} is {text!r:.80}, which is no address'
+            ) from wrong
+
+    def _identities(self, *paths: str) -> list[str]:
+        """Return device and number of each file, as the server writes it."""
+        said = self.node.run('stat', '--format=%Hd %Ld %i', *paths)
+        found = []
+        for line in said.splitlines():
+            major, minor, inode = map(int, line.split())
+            found.append(f'{major:02x}:{minor:02x}:{inode}')
+        return found
+
+    # Ours alone: deeds.
+
+    def _put(self, directory: str, name: str, path: str) -> None:
+        """Have the volume, and nothing else, in the directory.
+
+        :raises Conflict: another volume is there
+        """
+        self.node.make_directory(directory)
+        self.node.run('chmod', '0555', directory)
+        others = [each for each in self.node.list(directory) if each != name]
+        if others:
+            raise errors.Conflict(
+                f'{directory} holds {others[0]}, which is not {name}: end '
+                'the attachment first'
+            )
+        link = os.path.join(directory, name)
+        self.node.link(path, link)
+        one, two = self._identities(path, link)
+        if one != two:
+            # The volume was reverted, which put another file in its place.
+            self.node.unlink(link)
+            self.node.link(path, link)
+
+    def _clear(self, directory: str) -> None:
+        """Remove a directory that is exported no more."""
+        if not self.node.exists(directory):
+            return
+        for name in self.node.list(directory):
+            path = os.path.join(directory, name)
+            self._end_states(*self._identities(path))
+            self.node.unlink(path)
+        self.node.configure([Op.rmdir(directory)])
+
+    def _end_states(self, identity: str) -> None:
+        """End what hosts have open of a file: they cannot close it any more.
+
+        A host that has other volumes open is left alone, since it would lose
+        those as well; the server forgets what it has of this one with them.
+        """
+        clients = f'{SERVER}/clients'
+        try:
+            names = self.node.list(clients)
+        except errors.NotFound:
+            return
+        for name in names:
+            try:
+                said = self.node.read(f'{clients}/{name}/states', 16 << 20)
+            except errors.NotFound:
+                continue  # it has gone meanwhile
+            found = set(STATE.findall(said.decode(errors='replace')))
+            if found == {identity}:
+                self.node.configure([
+                    Op.put(f'{clients}/{name}/ctl', 'expire\n')
+                ])
+            elif identity in found:
+                LOG.warning(
+                    'NFS client %s has %s open, and others: its locks stay '
+                    'until it has ended', name, identity,
+                )
+
+
+def _bracketed(address: str) -> str:
+    return f'[{address}]' if ':' in address else address
