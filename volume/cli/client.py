@@ -59,6 +59,7 @@ class Client:
         ca_file: str = '',
     ) -> None:
         self.url = url
+        self.origin = f'{url} {project}'.rstrip()
         self._token = token
         self._socket_path = ''
         self._tls: ssl.SSLContext | None = None

@@ -55,11 +55,15 @@ example:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, and return its exit code."""
+    return run(make_parser(), argv)
+
+
+def run(top: parser.Parser, argv: Sequence[str] | None) -> int:
+    """Run a command line of a command, and return its exit code."""
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
             # A name that this terminal cannot show is shown another way.
             stream.reconfigure(errors='backslashreplace')
-    top = make_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         '\n'.join(words).encode()

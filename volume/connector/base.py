@@ -65,6 +65,13 @@ class Connector(abc.ABC):
         :raises Busy: something on this host has it open
         """
 
+    def present(self, connection: model.Connection) -> str:
+        """Return the path or URL if it is attached now; else nothing.
+
+        Asked only of those that leave traces; it changes nothing.
+        """
+        return ''
+
     def extend(self, connection: model.Connection) -> int:
         """Have this host see that the volume has grown; return its size.
 

@@ -23,10 +23,10 @@ from volume import model
 from volume.connector import base
 from volume.connector import disks
 from volume.connector import multipath
+from volume.connector import naming
 from volume.connector import open_iscsi
 from volume.connector.alone import alone
 from volume.connector.iscsi_paths import Asked
-from volume.connector.iscsi_paths import ours
 from volume.connector.iscsi_paths import Way
 from volume.connector.open_iscsi import Session
 from volume.node import Node
@@ -72,6 +72,13 @@ class IscsiConnector(base.Connector):
         with self._alone(asked.volume_id):
             self._let_go(asked.volume_id, asked.targets)
 
+    def present(self, connection: model.Connection) -> str:
+        names = self._names(self._sessions(Asked(connection).targets))
+        over = multipath.over(self.node, names)
+        if over:
+            return over[0].path
+        return f'/dev/{names[0]}' if names else ''
+
     def extend(self, connection: model.Connection) -> int:
         asked = Asked(connection)
         with self._alone(asked.volume_id):
@@ -93,7 +100,7 @@ class IscsiConnector(base.Connector):
         targets = {session.target for session in sessions}
         targets |= set(open_iscsi.recorded(self.node))
         for target in sorted(targets):
-            if (found := ours(target)) is None:
+            if (found := naming.parts(target)) is None:
                 continue
             mine = [each for each in sessions if each.target == target]
             if any(each.is_up for each in mine):
@@ -108,18 +115,19 @@ class IscsiConnector(base.Connector):
 
         :raises Busy: its disk is in use
         """
+        mine = stray.volume_id, stray.attachment_id
         with self._alone(stray.volume_id):
             targets = {
                 target for target in (
                     *open_iscsi.recorded(self.node),
                     *(s.target for s in open_iscsi.sessions(self.node)),
-                ) if ours(target) == (stray.volume_id, stray.attachment_id)
+                ) if naming.parts(target) == mine
             }
             if any(each.is_up for each in self._sessions(targets)):
                 raise errors.Busy(
                     f'attachment {stray.attachment_id} is served again'
                 )
-            self._let_go(stray.volume_id, targets)
+            self._let_go(stray.volume_id, targets, is_lost=True)
 
     # Attach.
 
@@ -240,7 +248,13 @@ class IscsiConnector(base.Connector):
 
     # Detach.
 
-    def _let_go(self, volume_id: str, targets: set[str]) -> None:
+    def _let_go(
+        self, volume_id: str, targets: set[str], is_lost: bool = False
+    ) -> None:
+        """Remove disks, sessions and records of targets.
+
+        ``is_lost``: what waits for them waits in vain, and may be told so.
+        """
         sessions = self._sessions(targets)
         names = self._names(sessions)
         is_alive = any(session.is_up for session in sessions)
@@ -250,6 +264,10 @@ class IscsiConnector(base.Connector):
                 mine = [name for name in each.paths if name in names]
                 multipath.part(self.node, mine)
             else:
+                if is_lost:
+                    # Who only looked (LVM, udev) would hang on it, and so
+                    # keep it in use.
+                    multipath.fail(self.node, each)
                 self._free(each.path, volume_id, is_alive)
                 multipath.end(self.node, each)
         for name in names:

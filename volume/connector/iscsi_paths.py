@@ -21,7 +21,6 @@ _PORTAL = re.compile(
     r'(\[[0-9a-f:.]+\]|[a-z0-9][a-z0-9.-]*):(\d{1,5})', re.I
 )
 _SECRET = re.compile(r'[\x21-\x7e]{1,255}')
-_TARGET = re.compile(r'.*volume-([0-9a-f-]{36})\.([0-9a-f-]{36})')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,14 +69,6 @@ class Asked:
             for target, portal, lun in zip(*many, strict=True)
         ]
         return list(dict.fromkeys(found))
-
-
-def ours(target: str) -> tuple[str, str] | None:
-    """Return volume and attachment of a target of this service's form."""
-    match = _TARGET.fullmatch(target)
-    if match is None or not all(ids.is_id(part) for part in match.groups()):
-        return None
-    return match[1], match[2]
 
 
 def _way(target: Any, portal: Any, lun: Any, volume_id: str) -> Way:

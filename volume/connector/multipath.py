@@ -98,15 +98,19 @@ def part(node: Node, disks: Sequence[str]) -> None:
         time.sleep(POLL_S)
 
 
+def fail(node: Node, found: Map) -> None:
+    """Have a map without a path fail what it would keep for ever."""
+    with contextlib.suppress(CommandFailed):
+        node.run('multipathd', 'disablequeueing', 'map', found.name)
+
+
 def end(node: Node, found: Map) -> None:
     """Remove a map whose last paths go.
 
     :raises Busy: somebody has it open
     """
-    # Without a path it would keep what is written for ever, and its end
-    # would wait for that.
-    with contextlib.suppress(CommandFailed):
-        node.run('multipathd', 'disablequeueing', 'map', found.name)
+    # Its end would wait for what it keeps.
+    fail(node, found)
     late = time.monotonic() + MAP_S
     while node.exists(f'/sys/block/{found.device}/dm/name'):
         try:
