@@ -29,9 +29,13 @@ ADDRESS = '127.0.0.1'
 WANTED = os.environ.get('VOLUME_LAB', '')
 FULL = WANTED == 'full' or bool(os.environ.get('VOLUME_PROOF'))
 
+in_full = unittest.skipUnless(
+    FULL, 'it is not of the core: VOLUME_LAB is not full'
+)
+
 BUILD_S = 900.0
-BOOT_S = 300.0
-RUN_S = 120.0
+BOOT_S = 660.0
+RUN_S = 300.0
 TOOLS = {
     'mmdebstrap': 'mmdebstrap', 'qemu-system-x86_64': 'qemu-system-x86',
     'qemu-img': 'qemu-utils', 'debugfs': 'e2fsprogs',
@@ -121,6 +125,7 @@ class Guest:
         self.environment = os.environ | {
             'LAB_STATE': self.state, 'LAB_CHECKOUT': str(TOP),
             'LAB_MEM': os.environ.get('LAB_MEM', '1536'),
+            'LAB_BOOT_TIMEOUT': str(int(BOOT_S) - 60),
         } | settings
         if WANTED != 'running':
             self._start()
@@ -209,7 +214,7 @@ class Guest:
             '-p', str(self.port), '-o', 'BatchMode=yes',
             '-o', 'StrictHostKeyChecking=yes',
             '-o', f'UserKnownHostsFile={self.state}/known_hosts',
-            '-o', 'GlobalKnownHostsFile=/dev/null', '-o', 'ConnectTimeout=5',
+            '-o', 'GlobalKnownHostsFile=/dev/null', '-o', 'ConnectTimeout=30',
             '-o', f'ControlPath={self.state}/ssh.sock', f'root@{ADDRESS}',
         ]
 

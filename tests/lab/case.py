@@ -15,7 +15,9 @@ import unittest
 from typing import ClassVar
 
 from tests import lab
+from tests.lab import core
 
+NOT_CORE = 'it is not of the core: VOLUME_LAB is not full'
 PORTALS = ('192.0.2.1', '192.0.2.2')
 HERE = pathlib.Path(__file__).parent
 
@@ -24,19 +26,32 @@ class LabCase(unittest.TestCase):
     """Tests with a guest; ``group`` is the volume group of the class."""
 
     disks: ClassVar[int] = 1
+    limit_s: ClassVar[float] = 1800.0
     guest: ClassVar[lab.Guest]
     group: ClassVar[str]
 
     @classmethod
     def setUpClass(cls) -> None:
+        if not lab.FULL and not core.of(cls):
+            raise unittest.SkipTest(NOT_CORE)
         super().setUpClass()
-        cls.guest = lab.guest()
+        cls.guest = cls.find_guest()
         cls.addClassCleanup(cls._leave)
         script(cls.guest, 'sweep.sh')
         script(cls.guest, 'portals.sh', *PORTALS)
+        script(cls.guest, 'agent.sh', str(lab.TOP))
         cls.group = f'vg-{cls.__name__.lower()}'
         if cls.disks:
             cls.guest.run('vgcreate', '-q', cls.group, *cls.devices())
+
+    def setUp(self) -> None:
+        if not lab.FULL and self._testMethodName not in core.of(type(self)):
+            self.skipTest(NOT_CORE)
+        super().setUp()
+
+    @classmethod
+    def find_guest(cls) -> lab.Guest:
+        return lab.guest()
 
     @classmethod
     def devices(cls) -> list[str]:

@@ -21,6 +21,7 @@
 #                     "auto" takes a free one
 #   LAB_CHECKOUT      host folder that the guest sees under the same path
 #   LAB_BOOT_TIMEOUT  seconds that `up` and `reset` wait for the guest's sshd
+#   LAB_CONNECT_TIMEOUT  seconds that one connection to it may take
 #   LAB_APPEND        more words for the kernel's command line, for example
 #                     nvme_core.multipath=Y (the last one of a name counts)
 
@@ -36,6 +37,7 @@ LAB_DISKS=${LAB_DISKS:-4}
 LAB_DISK_SIZE=${LAB_DISK_SIZE:-4G}
 LAB_SSH_PORT=${LAB_SSH_PORT:-auto}
 LAB_BOOT_TIMEOUT=${LAB_BOOT_TIMEOUT:-180}
+LAB_CONNECT_TIMEOUT=${LAB_CONNECT_TIMEOUT:-20}
 
 IMAGE_DIR=$LAB_DIR/image    # what `build` makes; read-only afterwards
 # What `up` makes and `down` removes; with `up --keep`, the disks stay.
@@ -54,7 +56,7 @@ lab_ssh() {
     ssh -q -F none -i "$STATE_DIR/id_ed25519" -p "$(cat "$STATE_DIR/ssh-port")" \
         -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes \
         -o UserKnownHostsFile="$STATE_DIR/known_hosts" \
-        -o GlobalKnownHostsFile=/dev/null -o ConnectTimeout=5 \
+        -o GlobalKnownHostsFile=/dev/null -o ConnectTimeout="$LAB_CONNECT_TIMEOUT" \
         -o ServerAliveInterval=15 -o ServerAliveCountMax=8 \
         -o ControlPath="$STATE_DIR/ssh.sock" root@127.0.0.1 "$@"
 }
@@ -62,18 +64,20 @@ lab_ssh() {
 # Waits until the guest takes commands, then makes ready what a boot does not:
 # one lasting connection that later calls reuse, the shared folder, the time.
 await_guest() {
-    local deadline=$((SECONDS + LAB_BOOT_TIMEOUT)) q
-    until lab_ssh -o ConnectTimeout=3 true 2>/dev/null; do
+    local deadline=$((SECONDS + LAB_BOOT_TIMEOUT)) patience=4 q=/
+    [ ! -s "$STATE_DIR/virtiofsd.pid" ] || q=$(printf %q "$(cat "$STATE_DIR/checkout")")
+    # On a busy machine the first that succeeds does not mean that the next
+    # one does. Who asks before the guest is there waits in vain: so at first
+    # for a short time only.
+    until {
+        LAB_CONNECT_TIMEOUT=$patience lab_ssh true && { [ -S "$STATE_DIR/ssh.sock" ] || lab_ssh -M -N -f -o ServerAliveCountMax=40 9>&- </dev/null >/dev/null; } &&
+            lab_ssh "mountpoint -q $q || { mkdir -p $q && mount -t virtiofs checkout $q; } && date -u -s @$(date +%s)"
+    } >/dev/null 2>&1; do
         alive "$STATE_DIR/qemu.pid" || { say "the guest ended"; return 1; }
+        [ $((deadline - SECONDS)) -gt $((LAB_BOOT_TIMEOUT - 60)) ] || patience=$LAB_CONNECT_TIMEOUT
         [ $SECONDS -lt $deadline ] || { say "no ssh within $LAB_BOOT_TIMEOUT s"; return 1; }
         sleep 0.3
     done
-    lab_ssh -M -N -f -o ServerAliveCountMax=40 9>&- </dev/null >/dev/null 2>&1
-    if [ -s "$STATE_DIR/virtiofsd.pid" ]; then
-        q=$(printf %q "$(cat "$STATE_DIR/checkout")")
-        lab_ssh "mkdir -p $q && mount -t virtiofs checkout $q"
-    fi
-    lab_ssh "date -u -s @$(date +%s) >/dev/null"
 }
 
 # Commands of QEMU's monitor (QMP), each answered before the next; a word that

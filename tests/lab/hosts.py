@@ -18,7 +18,7 @@ from typing import Any
 
 from tests import lab
 
-WAIT_S = 60.0
+WAIT_S = 300.0
 PREFIX = 'iqn.2026-01.test.volume:'
 # A path that is silent fails within these seconds, and its device does not
 # wait for it.
@@ -26,7 +26,9 @@ TIMEOUTS = {
     'node.session.timeo.replacement_timeout': '5',
     'node.conn[0].timeo.noop_out_interval': '2',
     'node.conn[0].timeo.noop_out_timeout': '2',
+    'node.session.initial_login_retry_max': '1',
 }
+AWAIT = 'until [ -b "$1" ]; do sleep 0.1; done'
 
 
 class Host(abc.ABC):
@@ -56,11 +58,10 @@ class IscsiHost(Host):
     def __init__(self, guest: lab.Guest, name: str) -> None:
         super().__init__(guest, name)
         self.iqn = f'{PREFIX}{name}'
-        guest.run('systemctl', 'start', 'iscsid')
-        guest.succeeds('iscsiadm', '-m', 'iface', '-I', name, '-o', 'new')
-        self._adm(
-            'iface', '-I', name, '-o', 'update', '-n', 'iface.initiatorname',
-            '-v', self.iqn,
+        iface = ['iscsiadm', '-m', 'iface', '-I', name, '-o']
+        batch(
+            guest, ['systemctl', 'start', 'iscsid'], [*iface, 'new'],
+            [*iface, 'update', '-n', 'iface.initiatorname', '-v', self.iqn],
         )
 
     @property
@@ -68,50 +69,47 @@ class IscsiHost(Host):
         return {'host': self.name, 'ip': '192.0.2.9', 'initiator': self.iqn}
 
     def connect(self, info: Mapping[str, Any]) -> list[str]:
-        found = []
-        for portal, target, lun in paths(info['data']):
-            self._record(portal, target, info['data'])
-            self._login(portal, target)
-            # Two hosts on one target would share this link of udev's; each
-            # attachment has a target of its own.
-            found.append(
-                f'/dev/disk/by-path/ip-{portal}-iscsi-{target}-lun-{lun}'
-            )
-        for path in found:
-            until(
-                lambda path=path: self.guest.succeeds('test', '-b', path),
-                f'{path} did not come',
-            )
+        node = self._node(info)
+        # Two hosts on one target would share these links of udev's; each
+        # attachment has a target of its own.
+        found = [
+            f'/dev/disk/by-path/ip-{portal}-iscsi-{target}-lun-{lun}'
+            for portal, target, lun in paths(info)
+        ]
+        batch(
+            self.guest, *self._records(info), [*node, '--login'],
+            *(['timeout', str(WAIT_S), 'bash', '-c', AWAIT, '-', path]
+              for path in found),
+        )
         return found
 
     def disconnect(self, info: Mapping[str, Any]) -> None:
-        for portal, target, _ in paths(info['data']):
-            where = ('-T', target, '-p', portal, '-I', self.name)
-            self.guest.succeeds(
-                'iscsiadm', '-m', 'node', *where, '--logout'
-            )
-            self.guest.succeeds('iscsiadm', '-m', 'node', *where, '-o',
-                                'delete')
+        node = self._node(info)
+        self.guest.succeeds(*node, '--logout')
+        self.guest.succeeds(*node, '-o', 'delete')
 
     def admitted(self, info: Mapping[str, Any]) -> bool:
         """Say whether the first portal lets it in; it leaves at once."""
-        portal, target, _ = paths(info['data'])[0]
-        self._record(portal, target, info['data'])
-        where = ('-T', target, '-p', portal, '-I', self.name)
+        batch(self.guest, *self._records(info))
+        portal = paths(info)[0][0]
         found = self.guest.succeeds(
-            'iscsiadm', '-m', 'node', *where, '--login'
-        )
+            *self._node(info), '-p', portal, '--login')
         self.disconnect(info)
         return found
 
     def rescan(self) -> None:
         """Look again how large the devices are."""
-        self._adm('session', '--rescan')
+        self.guest.run('iscsiadm', '-m', 'session', '--rescan')
 
-    def _record(
-        self, portal: str, target: str, data: Mapping[str, Any]
-    ) -> None:
-        values = dict(TIMEOUTS) | {'node.session.initial_login_retry_max': '1'}
+    def _node(self, info: Mapping[str, Any]) -> list[str]:
+        """Return the beginning of a command for all paths of a target."""
+        target = paths(info)[0][1]
+        return ['iscsiadm', '-m', 'node', '-T', target, '-I', self.name]
+
+    def _records(self, info: Mapping[str, Any]) -> list[list[str]]:
+        """Return the commands that note down how to log in."""
+        data = info.get('data', info)
+        values = dict(TIMEOUTS)
         if data.get('auth_method'):
             values |= {
                 'node.session.auth.authmethod': data['auth_method'],
@@ -123,22 +121,15 @@ class IscsiHost(Host):
                 'node.session.auth.username_in': data['auth_mutual_username'],
                 'node.session.auth.password_in': data['auth_mutual_password'],
             }
-        where = ('-T', target, '-p', portal, '-I', self.name)
-        lines = [['iscsiadm', '-m', 'node', '-o', 'new', *where]]
-        lines += [
-            ['iscsiadm', '-m', 'node', *where, '-o', 'update', '-n', name,
-             '-v', value]
-            for name, value in values.items()
+        node = self._node(info)
+        return [
+            *([*node, '-p', portal, '-o', 'new']
+              for portal, _, _ in paths(info)),
+            [*node, '-o', 'update', *(
+                word for name, value in values.items()
+                for word in ('-n', name, '-v', value)
+            )],
         ]
-        batch(self.guest, lines)
-
-    def _login(self, portal: str, target: str) -> None:
-        self._adm(
-            'node', '-T', target, '-p', portal, '-I', self.name, '--login'
-        )
-
-    def _adm(self, mode: str, *argv: str) -> None:
-        self.guest.run('iscsiadm', '-m', mode, *argv)
 
 
 class NvmeHost(Host):
@@ -162,7 +153,7 @@ class NvmeHost(Host):
         }
 
     def connect(self, info: Mapping[str, Any]) -> list[str]:
-        data = info['data']
+        data = info.get('data', info)
         nqn = data.get('target_nqn') or data['nqn']
         for address, port in nvme_portals(data):
             self.guest.run(
@@ -183,14 +174,14 @@ class NvmeHost(Host):
         return found
 
     def disconnect(self, info: Mapping[str, Any]) -> None:
-        data = info['data']
+        data = info.get('data', info)
         nqn = data.get('target_nqn') or data['nqn']
         self.guest.run(
             'bash', '-c', DISCONNECT, '-', nqn, self.nqn
         )
 
     def admitted(self, info: Mapping[str, Any]) -> bool:
-        data = info['data']
+        data = info.get('data', info)
         nqn = data.get('target_nqn') or data['nqn']
         address, port = nvme_portals(data)[0]
         found = self.guest.succeeds(
@@ -212,7 +203,9 @@ for controller in /sys/class/nvme/nvme*; do
 '''
 NAMESPACES = CONTROLLERS + '''
     for namespace in "$controller"/nvme*n*; do
-        [ -d "$namespace" ] && echo "/dev/${namespace##*/}"
+        # With the kernel's own multipath, a path is no device.
+        [ -d "$namespace" ] || continue
+        echo "/dev/${namespace##*/}" | sed 's/c[0-9]*n/n/'
     done
 done
 true
@@ -224,8 +217,9 @@ true
 '''
 
 
-def paths(data: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+def paths(info: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     """Return portal, target and LUN of each path of an iSCSI connection."""
+    data = info.get('data', info)
     if 'target_portals' in data:
         return list(zip(
             data['target_portals'], data['target_iqns'], data['target_luns'],
@@ -241,9 +235,12 @@ def nvme_portals(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(data['target_portal'], str(data['target_port']))]
 
 
-def batch(guest: lab.Guest, lines: list[list[str]]) -> None:
-    """Run several commands in one go, each after the last; secrets too."""
-    text = '\n'.join(shlex.join(line) for line in lines)
+def batch(guest: lab.Guest, *lines: list[str]) -> None:
+    """Run several commands in one go, each if the last went well.
+
+    They are given on standard input, for they may hold secrets.
+    """
+    text = '\n'.join(map(shlex.join, lines))
     guest.run(
         'bash', '-e', '-s', input_bytes=f'exec >/dev/null\n{text}\n'.encode()
     )
@@ -258,4 +255,4 @@ def until(look: Callable[[], bool], else_say: str) -> None:
     while not look():
         if time.monotonic() > deadline:
             raise AssertionError(else_say)
-        time.sleep(0.2)
+        time.sleep(0.5)

@@ -28,9 +28,8 @@ dmsetup ls --target multipath 2>/dev/null | grep -v '^No devices' | each multipa
 lsblk -nro NAME,TYPE | awk '$1 ~ /^(sd|nvme)/' | each device
 findmnt -nro TARGET,SOURCE | awk '$2 ~ /^\/dev\/(sd|nvme|mapper|dm-|vg)/' | each mount
 losetup -a | each loop
-for pid in $(pgrep -x 'tgtd|vblade|iscsid'); do
-    [ "$(cat /proc/$pid/comm)" = iscsid ] || tr '\0' ' ' </proc/$pid/cmdline
-done | each daemon
+# A tgtd goes on without targets, as it should.
+pgrep -ax vblade | each daemon
 pgrep -af 'volume[.]machine|volume[.]agent' | each agent
 nft list tables 2>/dev/null | each rules
 exportfs 2>/dev/null | each share

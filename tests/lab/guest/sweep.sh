@@ -16,7 +16,7 @@ for iface in $(iscsiadm -m iface | awk '{print $1}' | grep -v '^default$\|^iser$
     iscsiadm -m iface -I "$iface" -o delete
 done
 nvme disconnect-all
-targetcli clearconfig confirm=True
+ls $config/target/iscsi $config/target/core | grep -q '^iqn\|^iblock_\|^fileio_' && targetcli clearconfig confirm=True
 for subsystem in $config/nvmet/ports/*/subsystems/*; do rm "$subsystem"; done
 for namespace in $config/nvmet/subsystems/*/namespaces/*; do echo 0 >"$namespace/enable"; rmdir "$namespace"; done
 for host in $config/nvmet/subsystems/*/allowed_hosts/*; do rm "$host"; done
@@ -24,6 +24,7 @@ rmdir $config/nvmet/subsystems/* $config/nvmet/ports/* $config/nvmet/hosts/*
 pkill -KILL -x 'tgtd|vblade'
 exportfs -ua
 systemctl stop nfs-server
+rm -rf /var/lib/volume-node
 losetup -D
 dmsetup ls --target delay | awk '{print $1}' | while read -r name; do dmsetup remove "$name"; done
 for group in $(vgs --noheadings -o vg_name); do vgremove -ff -y "$group"; done
