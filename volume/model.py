@@ -83,7 +83,8 @@ class Found:
     ``id`` is ours, read back from the name or the tag that the driver gave
     it; ``None`` if it is foreign. ``snapshot_of`` is the id of the volume
     whose snapshot this is. ``sidecar`` carries what stands beside the
-    volume to rebuild a lost database from (no secrets).
+    volume to rebuild a lost database from (no secrets). ``hosts`` are those
+    that were let in, where the storage keeps that itself.
     """
 
     handle: str
@@ -91,6 +92,7 @@ class Found:
     id: str | None = None
     snapshot_of: str | None = None
     sidecar: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    hosts: tuple[Host, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -212,6 +212,8 @@ def _storage(
                 f'{there[row_id].size_bytes} on {backend}#{pool}',
                 '', backend, pool,
             )
+        if row_id in there:
+            yield from _hosts(backend, pool, there[row_id], before, after)
     for thing_id, each in there.items():
         if thing_id in rows or thing_id in still or thing_id in flux:
             continue
@@ -222,6 +224,24 @@ def _storage(
             'with --adopt it gets a row, with --delete-orphans it goes',
             backend, pool, each,
         )
+
+
+def _hosts(
+    backend: str, pool: str, found: model.Found, before: View, after: View
+) -> Iterator[Finding]:
+    """Yield hosts that the storage lets in, and no attachment names."""
+    known = {
+        row.host for rows in (before, after)
+        for row in rows.attachments.values() if row.volume_id == found.id
+    }
+    for host in found.hosts:
+        if host.name not in known:
+            yield Finding(
+                'access', f'volume {found.id}',
+                f'is open to host {host.name}, which has no attachment',
+                'the host is cut off', backend, pool,
+                dataclasses.replace(found, hosts=(host,)),
+            )
 
 
 def _exports(
@@ -336,6 +356,8 @@ def _mend_one(
             return False
         exporter.unexport(row_id)
         return True
+    if finding.kind == 'access' and finding.found is not None:
+        return _cut_off(backends[finding.backend], finding)
     if finding.kind == 'orphan' and finding.found is not None:
         if adopt:
             return _adopt(db, backends, finding)
@@ -381,6 +403,21 @@ def _set_shared(db: Database, finding: Finding, row_id: str) -> bool:
         return True
 
     return db.write(change)
+
+
+def _cut_off(backend: Backend, finding: Finding) -> bool:
+    found = finding.found
+    assert found is not None and found.id is not None
+    driver = backend.need()
+    if not isinstance(driver, base.NativeAccess):
+        return False
+    volume = model.Volume(
+        found.id, finding.pool, found.size_bytes, found.handle
+    )
+    with backend.guard('revoke'):
+        for host in found.hosts:
+            driver.revoke(volume, host)
+    return True
 
 
 def _delete(backend: Backend, finding: Finding) -> bool:

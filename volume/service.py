@@ -153,6 +153,8 @@ class Service:
         self._stack.close()
         for thread in self._threads:
             thread.join(timeout=10)
+        for node in self.node.neighbours.values():
+            node.close()
 
     def reload(self) -> None:
         """Read the configuration again and swap the table of backends.

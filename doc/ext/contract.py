@@ -3,6 +3,7 @@
 
 * ``driver-contract``      rules, methods and features, from ``base.py``
 * ``feature-matrix``       which driver has which feature
+* ``exporter-matrix``      what each exporter can do at best
 * ``plugin:: GROUP NAME``  what one entry point is: features and options
 * ``service-options``      options of the service, and those of any backend
 
@@ -11,6 +12,7 @@ Drivers installed from elsewhere appear as well: all come by entry points.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import inspect
 from collections.abc import Iterable
@@ -21,6 +23,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from volume import conf
+from volume import model
 from volume.drivers import base
 
 
@@ -55,6 +58,23 @@ class FeatureMatrix(SphinxDirective):
             for feature in base.FEATURES
         ]
         return [_table(head, rows)]
+
+
+class ExporterMatrix(SphinxDirective):
+    """A row for each ability, a column for each exporter."""
+
+    def run(self) -> list[nodes.Node]:
+        exporters = {
+            point.name: point.load().abilities
+            for point in _points('volume.exports')
+        }
+        rows = [
+            [field.name.replace('_', ' ')]
+            + [_ability(getattr(each, field.name))
+               for each in exporters.values()]
+            for field in dataclasses.fields(model.Abilities)
+        ]
+        return [_table(['', *exporters], rows)]
 
 
 class Plugin(SphinxDirective):
@@ -95,6 +115,7 @@ class ServiceOptions(SphinxDirective):
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive('driver-contract', DriverContract)
     app.add_directive('feature-matrix', FeatureMatrix)
+    app.add_directive('exporter-matrix', ExporterMatrix)
     app.add_directive('plugin', Plugin)
     app.add_directive('service-options', ServiceOptions)
     return {'parallel_read_safe': True, 'parallel_write_safe': True}
@@ -103,6 +124,12 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def _points(group: str) -> list[importlib.metadata.EntryPoint]:
     points = importlib.metadata.entry_points(group=group)
     return sorted(points, key=lambda point: point.name)
+
+
+def _ability(value: object) -> str:
+    if isinstance(value, tuple):
+        return ', '.join(value)
+    return '✓' if value else ''
 
 
 def _autoclass(cls: type) -> list[str]:

@@ -4,7 +4,9 @@
 import os
 import unittest
 
+from tests import sshd
 from volume.drivers import file
+from volume.remote.node import SshNode
 from volume.testing import faults
 from volume.testing import fixtures
 from volume.testing import repeat
@@ -42,6 +44,34 @@ class PlainFileTest(Suite, unittest.TestCase):
 
 
 class ReflinkFileTest(Suite, unittest.TestCase):
+
+    def make_directory(self):
+        return fixtures.reflink_directory(self)
+
+
+class FaultySshNode(faults.FaultyNode, SshNode):
+    """Spoils requests to another machine; all use one connection."""
+
+    def __init__(self, shared):
+        super().__init__(shared.target)
+        self._shared = shared
+
+    def _connected(self):
+        return self._shared._connected()
+
+
+class SshFileTest(Suite, unittest.TestCase):
+    """Each request to an agent is an act; so are those that only read."""
+
+    is_thorough = False
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.shared = sshd.direct_node(cls)
+
+    def make_node(self):
+        return FaultySshNode(self.shared)
 
     def make_directory(self):
         return fixtures.reflink_directory(self)

@@ -40,7 +40,7 @@ PROOF = bool(os.environ.get('VOLUME_PROOF'))
 LOOKS = re.compile(
     '(exists|is_file|size|allocated|space|list|read|readlink|probe) '
     r'|qmp (connect|query-|x-debug-query-)'
-    r'|xapi (\w+\.get_|event\.|nbd|session\.|GET )'
+    r'|xapi (\w+\.get_|event\.|nbd|session\.|GET )|rbd ask '
 )
 
 

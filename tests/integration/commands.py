@@ -92,10 +92,10 @@ def environment(url='', **more):
     return {**kept, 'VOLUME_URL': url, 'COLUMNS': '200', **more}
 
 
-def run(*words, url='', env=None, stdin=''):
+def run(*words, url='', env=None, stdin='', module='volume.cli.main'):
     """Run a command line to its end."""
     return subprocess.run(
-        [sys.executable, '-m', 'volume.cli.main', *words],
+        [sys.executable, '-m', module, *words],
         env=environment(url, **(env or {})), input=stdin,
         capture_output=True, text=True, timeout=COMMAND_S,
     )

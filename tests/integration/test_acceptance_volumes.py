@@ -122,7 +122,7 @@ class Volumes(AcceptanceCase):
         self.api.create_volume(CALLER, volume_id, size=5, confirm=False)
         found = self.get(volume_id)
         self.assertEqual('error', found['status'])
-        self.assertIn('capacity -1', found['reason'])
+        self.assertIn('1 without room for it', found['reason'])
 
     def test_case_11_what_was_never_placed_is_deleted_without_a_job(self):
         volume_id = ids.new()

@@ -167,7 +167,7 @@ class Cinderclient(unittest.TestCase):
         volumes = self.client.volumes
         with self.assertRaises(cinder_exceptions.OverLimit) as said:
             volumes.create(1000)
-        self.assertIn('capacity -1', str(said.exception))
+        self.assertIn('1 without room for it', str(said.exception))
         with self.assertRaises(cinder_exceptions.BadRequest):
             volumes.create(0)
         with self.assertRaises(cinder_exceptions.NotFound):
@@ -276,7 +276,7 @@ class Sdk(unittest.TestCase):
         with self.assertRaises(sdk_exceptions.HttpException) as said:
             self.door.create_volume(size=1000)
         self.assertEqual(413, said.exception.status_code)
-        self.assertIn('capacity -1', str(said.exception))
+        self.assertIn('1 without room for it', str(said.exception))
         with self.assertRaises(sdk_exceptions.BadRequestException):
             self.door.create_volume(size=0)
         with self.assertRaises(sdk_exceptions.NotFoundException):

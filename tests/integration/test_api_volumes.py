@@ -75,7 +75,8 @@ class Volumes(unittest.TestCase):
         asked = self.create(size=9)
         self.assertEqual((413, 'overLimit'), (asked.status, asked.fault))
         self.assertEqual(
-            'no pool fits: capacity -1; see "volume pools"', asked.message
+            'no pool fits: 1 without room for it; see "volume pools"',
+            asked.message,
         )
         self.assertEqual('0', asked.headers['Retry-After'])
         listed = self.ask('GET', '/v3/volumes').json['volumes']
@@ -88,7 +89,8 @@ class Volumes(unittest.TestCase):
         self.assertEqual(202, self.create(hints={'tags': 'ssd,local'}).status)
         asked = self.create(hints={'tags': ['tape']})
         self.assertEqual(
-            'no pool fits: tags -1; see "volume pools"', asked.message
+            'no pool fits: 1 without the tags; see "volume pools"',
+            asked.message,
         )
         asked = self.create(hints={'different_host': [ids.new()]})
         self.assertEqual(400, asked.status)

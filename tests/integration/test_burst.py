@@ -70,7 +70,7 @@ class Burst(unittest.TestCase):
         self.assertEqual((FIT, ASKED - FIT), (len(taken), len(refused)))
         for each in refused:
             self.assertEqual(413, each.status)
-            self.assertIn('no pool fits: capacity -1', each.message)
+            self.assertIn('no pool fits: 1 without room for it', each.message)
         names = [each.json['volume']['id'] for each in taken]
         self.assertEqual(FIT, len(set(names)))
         self.settle()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs of ``volume``, each against a real service."""
 
+import functools
 import json
 import os
 import pathlib
@@ -123,7 +124,7 @@ class Volumes(commands.Cli):
         self.assertIn('tags', self.refused(
             'create', '--size', '1M', '--tag', 'tape'
         ))
-        self.assertIn('capacity', self.refused('create', '--size', '64G'))
+        self.assertIn('without room', self.refused('create', '--size', '64G'))
 
     def test_bytes_go_out_to_an_image_and_come_back(self):
         name = self.name()
@@ -264,6 +265,38 @@ class Hosts(commands.Cli):
             NbdClient(url, 5)
         self.assertEqual(data, self.read(name, 4096))
         self.assertEqual('available', self.json('show', name)['status'])
+
+    def test_to_attach_again_is_the_same_url_and_no_second_access(self):
+        name = self.make('--multiattach')
+        url = self.attach(name)
+        self.assertEqual(url, self.attach(name))
+        self.assertEqual(1, len(self.json('attachments', name)))
+        self.assertIn(
+            "attached here as 'rw'",
+            self.refused('attach', name, '--mode', 'ro'),
+        )
+        self.volume('detach', name)
+        self.assertEqual([], self.json('attachments', name))
+
+    def test_volume_connect_does_the_same_and_knows_a_connection(self):
+        name = self.make()
+        connect = functools.partial(
+            self.volume, module='volume.cli.connect'
+        )
+        url = connect('attach', name).stdout.strip()
+        self.assertEqual(url, self.attach(name))
+        (row,) = self.world.ask(
+            'GET', '/v3/attachments/detail'
+        ).json['attachments']
+        info = json.dumps(row['connection_info'])
+        self.assertEqual(url, connect(
+            'attach', '--connection', '-', stdin=info, url='unix:/nonexistent'
+        ).stdout.strip())
+        connect('detach', name)
+        connect('attach', '--connection', '-', stdin=info, code=3)
+        connect('attach', '--connection', '-', stdin='{}', code=2)
+        connect('attach', '--connection', '/nonexistent', code=2)
+        connect('attach', code=2)
 
     def test_a_path_is_printed_where_the_exporter_gives_one(self):
         made = self.json(

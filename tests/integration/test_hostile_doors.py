@@ -143,9 +143,10 @@ class Doors(unittest.TestCase):
         small = {'size_bytes': MIB}
         hint = {'volume': small}
         for key, value, words in (
-            ('backend', 'tape', 'backend -2'), ('tags', ['tape'], 'tags -2'),
-            ('pool', 'lagoon', 'pool -2'),
-            ('backend', "x' OR '1'='1", 'backend -2'),
+            ('backend', 'tape', '2 of another backend'),
+            ('tags', ['tape'], '2 without the tags'),
+            ('pool', 'lagoon', '2 of another name'),
+            ('backend', "x' OR '1'='1", '2 of another backend'),
         ):
             with self.subTest(key):
                 self.assertIn(

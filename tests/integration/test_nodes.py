@@ -337,7 +337,7 @@ class Unwell(Filling):
         self.one.kill()
         self.two.kill()
         refused = cluster.until(lambda: refusal(api), 'it is refused')
-        self.assertIn('silent -1', str(refused))
+        self.assertIn('1 not heard of lately', str(refused))
         services = api.call('GET', '/os-services?binary=cinder-volume')
         self.assertEqual(
             {'down'}, {each['state'] for each in services['services']}

@@ -142,7 +142,7 @@ class Serving(Brokered):
         for kind, word, ask in (
             (errors.Conflict, 'another way', lambda: (
                 compute.create_volume(self.own_id, size_bytes=2 * MIB))),
-            (errors.NoSpace, 'capacity', lambda: (
+            (errors.NoSpace, 'without room', lambda: (
                 compute.create_volume(ids.new(), size=100))),
             (errors.NotFound, 'could not be found', lambda: (
                 compute.get_volume(ids.new()))),

@@ -105,7 +105,7 @@ class Claims(unittest.TestCase):
     def test_the_choice_goes_by_the_claims_not_by_the_statistics(self):
         self.claim(9 * GIB)
         wish = placement.Wish(size_bytes=2 * GIB)
-        with self.assertRaisesRegex(Exception, 'capacity -1'):
+        with self.assertRaisesRegex(Exception, '1 without room for it'):
             placement.choose(self.db.read(claims.candidates), wish)
 
     def test_a_pool_of_a_backend_that_is_down_is_no_choice(self):
@@ -300,5 +300,5 @@ class SeveralManagers(Reporting):
             ))
             self.assertEqual([is_heard], [each.is_heard for each in found])
         wish = placement.Wish(size_bytes=GIB)
-        with self.assertRaisesRegex(errors.NoSpace, 'silent -1'):
+        with self.assertRaisesRegex(errors.NoSpace, '1 not heard of lately'):
             placement.choose(found, wish)

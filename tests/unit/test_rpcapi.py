@@ -110,14 +110,14 @@ class Serving(unittest.TestCase):
     def test_a_full_pool_refuses_a_call_and_leaves_no_row(self):
         with self.assertRaises(errors.NoSpace) as caught:
             self.make(size_bytes=4 * GIB)
-        self.assertIn('capacity', str(caught.exception))
+        self.assertIn('without room', str(caught.exception))
         self.assertEqual([], self.rows())
 
     def test_a_full_pool_leaves_a_casts_row_in_error_with_the_reason(self):
         self.make(size_bytes=4 * GIB, confirm=False)
         found = self.client.get_volume(CALLER, self.own_id)
         self.assertEqual('error', found['status'])
-        self.assertIn('capacity', found['reason'])
+        self.assertIn('without room', found['reason'])
         self.client.delete_volume(CALLER, self.own_id)
         with self.assertRaises(errors.NotFound):
             self.client.get_volume(CALLER, self.own_id)

@@ -11,10 +11,13 @@ ACCEPTANCE = (
     'tests.integration.test_acceptance_volumes',
     'tests.integration.test_acceptance_hosts',
     'tests.integration.test_acceptance_service',
+    'tests.lab.test_acceptance',
+    'tests.lab.test_power',
 )
 CASES = range(1, 71)
 # What one of the 70 may be instead of shown.
 ABSENT = ('Later. ', 'Dropped. ')
+NAMED = re.compile(r'``(tests\.\w+\.\w+)\.(\w+)\.(test_\w+)``')
 
 
 def tests_of(module):
@@ -50,6 +53,15 @@ class Acceptance(unittest.TestCase):
         ]
         self.assertEqual(sorted(there), sorted(named))
 
+    def test_those_that_it_names_in_full_are_there_as_well(self):
+        for _, tests, _ in self.rows:
+            found = NAMED.findall(tests)
+            self.assertEqual(tests.count('``tests.'), len(found))
+            for module, case, name in found:
+                with self.subTest(name):
+                    kind = getattr(importlib.import_module(module), case)
+                    self.assertTrue(callable(getattr(kind, name)))
+
     def test_what_is_not_shown_says_what_it_waits_for(self):
         for number, tests, said in self.rows:
             with self.subTest(number):
@@ -62,7 +74,7 @@ class Acceptance(unittest.TestCase):
 class Hostile(unittest.TestCase):
     def test_every_test_that_the_page_names_is_there(self):
         page = (PAGES / 'hostile.rst').read_text()
-        names = re.findall(r'``(tests\.\w+\.\w+)\.(\w+)\.(test_\w+)``', page)
+        names = NAMED.findall(page)
         self.assertEqual(page.count('``tests.'), len(names))
         for module, case, name in names:
             with self.subTest(name):

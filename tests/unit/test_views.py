@@ -234,11 +234,11 @@ class Faults(unittest.TestCase):
         self.assertEqual(409, refused(cores.LeaseTaken('held')).status)
 
     def test_no_space_tells_when_to_come_back_as_clients_expect(self):
-        said = refused(errors.NoSpace('no pool fits: tags -3'))
+        said = refused(errors.NoSpace('no pool fits: 3 without the tags'))
         self.assertEqual('0', said.headers['Retry-After'])
         self.assertEqual(
             {'overLimit': {
-                'code': 413, 'message': 'no pool fits: tags -3',
+                'code': 413, 'message': 'no pool fits: 3 without the tags',
                 'retryAfter': '0',
             }},
             body(said),

@@ -35,6 +35,7 @@ from volume import logs
 from volume import reconcile
 from volume import report
 from volume.blockd import Blockd
+from volume.cli import manage_lvm
 from volume.cli import manage_status
 from volume.cli import manage_xensm
 from volume.db import history
@@ -110,6 +111,8 @@ def drivers_command(args: Args) -> int:
 def check_command(args: Args) -> int:
     """Check every backend's configuration; format nothing."""
     conf = _conf(args)
+    # What a driver warns of is a part of the answer.
+    logging.getLogger('volume.drivers').setLevel(logging.WARNING)
     rows, is_bad = [], False
     for name, backend in _load(conf, only_looks=True).items():
         backend.check()
@@ -187,6 +190,45 @@ def status_command(args: Args) -> int:
     """Show what is going on; exit with 1 if something needs a look."""
     conf = _conf(args)
     return manage_status.run(_ready(conf), conf, args)
+
+
+def lvm_command(args: Args) -> int:
+    """Look after volume groups.
+
+    check compares groups, their thin pools' metadata and the database, and
+    says what to do about each difference. It changes nothing.
+    """
+    conf = _conf(args)
+
+    def known(backend: str) -> dict[str, manage_lvm.Known]:
+        db = _ready(conf)
+        return {
+            row.id: manage_lvm.Known(
+                row.pool, row.handle, getattr(row, 'size_bytes', None)
+            )
+            for kind in (models.Volume, models.Snapshot)
+            for row in db.read(functools.partial(_stored, kind, backend))
+        }
+
+    return manage_lvm.run(
+        args, {
+            name: (backend.conf, backend.node)
+            for name, backend in _load(conf).items()
+            if backend.conf is not None and backend.conf.driver == 'lvm'
+            and backend.node is not None
+        }, known, lambda rows: _show(rows, args),
+    )
+
+
+def _stored(
+    kind: type[models.Volume] | type[models.Snapshot], backend: str,
+    session: Session,
+) -> list[Any]:
+    return list(session.scalars(
+        select(kind).where(
+            kind.backend == backend, kind.deleted_at.is_(None)
+        )
+    ))
 
 
 def xensm_command(args: Args) -> int:
@@ -327,6 +369,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         '--all', action='store_true', help='leave nothing out of the lists'
     )
+    manage_lvm.add_arguments(add(
+        'lvm', lvm_command, 'look after volume groups'
+    ))
     xensm = add(
         'xensm', xensm_command, 'look after the SRs of a XenServer pool'
     )

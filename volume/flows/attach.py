@@ -7,6 +7,7 @@ There is one export per attachment. A host that the storage admits itself
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ from volume.journal import Job
 from volume.verbs import access
 from volume.verbs import checks
 from volume.verbs.credentials import SECRET_KEYS
+
+LOG = logging.getLogger(__name__)
 
 
 def export(job: Job) -> Effect:
@@ -108,6 +111,7 @@ def _not_attached(job: Job, error: errors.VolumeError) -> Effect:
 def disconnect(job: Job) -> Effect:
     for attachment_id, connector in job.args['attachments']:
         _unexport(job, attachment_id, connector)
+    _unmap(job)
     volume_id = job.row.volume_id or ''
     remove = set(job.args['remove'])
     keep = [
@@ -130,6 +134,23 @@ def disconnect(job: Job) -> Effect:
             access.settle(session, volume_id, job.db.clock())
 
     return effect
+
+
+def _unmap(job: Job) -> None:
+    """Take the volume's path away, if that was made for the export.
+
+    While another attachment or a reader has it open it stays; that it stays
+    harms nobody, so nothing fails for it.
+    """
+    driver, exporter = job.backend.need(), job.backend.exporter
+    if exporter is None or not isinstance(driver, base.LocalDevice) or (
+        exporter.accepts_blocknode
+    ):
+        return
+    try:
+        job.backend.call('unmap', job.volume())
+    except errors.VolumeError as failed:
+        LOG.info('volume %s keeps its path: %s', job.volume().id, failed)
 
 
 def _not_detached(job: Job, error: errors.VolumeError) -> Effect:
@@ -392,9 +413,29 @@ def _unexport(
     driver = job.backend.need()
     with job.backend.guard('unexport'):
         if isinstance(driver, base.NativeAccess):
-            driver.revoke(job.volume(), checks.host_of(connector))
+            host = checks.host_of(connector)
+            if not _stays(job, attachment_id, host.name):
+                driver.revoke(job.volume(), host)
         else:
             _exporter(job).unexport(attachment_id)
+
+
+def _stays(job: Job, attachment_id: str, host: str) -> bool:
+    """Say whether the host has the volume by another attachment as well.
+
+    The storage knows hosts and no attachments: it would end both.
+    """
+    row, table = job.volume_row(), models.Attachment
+    if not row.multiattach:
+        return False
+    ending = {attachment_id}
+    ending.update(each for each, _ in job.args.get('attachments', ()))
+    return bool(job.db.read(lambda s: s.scalars(
+        select(table.id).where(
+            table.volume_id == row.id, table.host == host,
+            table.is_connected, table.id.not_in(ending),
+        ).limit(1)
+    ).all()))
 
 
 def _device(

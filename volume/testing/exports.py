@@ -34,8 +34,8 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
-class ExporterSuite(workbench.Case):
-    """What holds for every exporter."""
+class ExporterBench(workbench.Case):
+    """What tests of an exporter work with, those of the suite and others."""
 
     size_bytes: ClassVar[int] = model.MIB
     host: ClassVar[model.Host] = model.Host(
@@ -129,7 +129,9 @@ class ExporterSuite(workbench.Case):
         with self.assertRaises(Exception):  # noqa: B017 (any refusal will do)
             self.read(connection)
 
-    # The claims.
+
+class ExporterSuite(ExporterBench):
+    """What holds for every exporter."""
 
     def test_check_may_be_repeated(self) -> None:
         connection = self.export(self.attachment())

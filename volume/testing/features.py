@@ -151,18 +151,27 @@ class FeatureClaims(workbench.Workbench):
 
     def assert_qemu_reads(self, node: Mapping[str, Any], image: bytes) -> None:
         root = self.enterContext(tempfile.TemporaryDirectory())
-        target = os.path.join(root, 'target')
+        where = self.machine() or Node(root)
+        target = os.path.join(where.state_dir, f'{ids.new()}.raw')
+        where.make_directory(where.state_dir)
         try:
-            Node(root).run(
+            where.run(
                 'qemu-img', 'convert', '-O', 'raw',
                 'json:' + json.dumps(node), target,
             )
+            with where.open(target) as f:
+                found = workbench.read_all(f)
         except errors.Unavailable:
             self.skipTest('no qemu-img')
-        with open(target, 'rb') as f:
-            found = f.read()
+        finally:
+            where.unlink(target)
         self.assertEqual(image, found[:len(image)])
         self.assertFalse(any(found[len(image):]))
+
+    def machine(self) -> Node | None:
+        """Return the machine where the paths are, if it is another one."""
+        node = getattr(self.driver, 'node', None)
+        return node if isinstance(node, Node) and node.is_remote else None
 
     # Describe.
 
@@ -317,7 +326,8 @@ class FeatureClaims(workbench.Workbench):
         try:
             if device.format != 'raw':
                 self.skipTest(f'only QEMU reads {device.format}')
-            with open(device.path, 'rb') as f:
+            where = self.machine()
+            with (where.open if where else open)(device.path, 'rb') as f:
                 self.assertEqual(
                     pattern(1, volume.size_bytes), f.read(volume.size_bytes)
                 )

@@ -34,8 +34,10 @@ ACTS_MAX = 400
 
 # Acts that only ask.
 QUESTIONS = (
-    'allocated ', 'exists ', 'is_file ', 'list ', 'probe ', 'read ',
-    'readlink ', 'size ', 'space ', 'qmp connect', 'qmp query-',
+    'about ', 'allocated ', 'exists ', 'find ', 'is_block ', 'is_file ',
+    'list ', 'probe ', 'rbd ask ', 'read ', 'readlink ', 'size ', 'space ',
+    'run dmsetup status', 'run lvm ', 'run pvs ', 'run udevadm ',
+    'qmp connect', 'qmp query-',
     'qmp x-debug-query-', 'xapi GET ', 'xapi event.', 'xapi nbd',
     'xapi session.', *(
         f'xapi {name}.get_' for name in (

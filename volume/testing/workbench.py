@@ -8,6 +8,7 @@ middle, and in the last sector; zeros between.
 
 from __future__ import annotations
 
+import io
 import random
 import unittest
 from collections.abc import Iterator, Mapping
@@ -67,7 +68,7 @@ def content(driver: base.Driver, source: Source) -> bytes:
         return read_all(reader)
 
 
-def read_all(reader: base.Reader) -> bytes:
+def read_all(reader: io.RawIOBase) -> bytes:
     image = bytearray()
     while chunk := reader.read(1 << 20):
         image += chunk
