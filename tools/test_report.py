@@ -88,9 +88,14 @@ def _words(outcome: dict[str, Any]) -> list[str]:
         if text:
             lines.append(f'  {name}:')
             lines += [
-                f'    {line[:300]}' for line in text.splitlines()[-WORDS:]
+                f'    {_both_ends(line)}' for line in text.splitlines()[-WORDS:]
             ]
     return lines
+
+
+def _both_ends(line: str) -> str:
+    """Shorten a long line; a command's own words stand at its end."""
+    return line if len(line) <= 900 else f'{line[:300]} ... {line[-600:]}'
 
 
 def _reason(outcome: dict[str, Any]) -> str:

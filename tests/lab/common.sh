@@ -43,6 +43,8 @@ IMAGE_DIR=$LAB_DIR/image    # what `build` makes; read-only afterwards
 # What `up` makes and `down` removes; with `up --keep`, the disks stay.
 STATE_DIR=${LAB_STATE:-$LAB_DIR/state}
 
+NO_PACKAGES=3                # how `build` ends if there are none to be had
+
 say() { printf 'lab: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
