@@ -87,9 +87,8 @@ def _words(outcome: dict[str, Any]) -> list[str]:
         text = detail.as_text().strip()
         if text:
             lines.append(f'  {name}:')
-            lines += [
-                f'    {_both_ends(line)}' for line in text.splitlines()[-WORDS:]
-            ]
+            last = text.splitlines()[-WORDS:]
+            lines += [f'    {_both_ends(line)}' for line in last]
     return lines
 
 

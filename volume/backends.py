@@ -195,6 +195,13 @@ def _load(
                 f'option {option.name} has a "$" that names no other '
                 'option: write $$ for one that is meant as it stands'
             ) from wrong
+        except cfg.ConfigFileValueError as wrong:
+            # What oslo.config says before it is where in its own terms.
+            _, _, why = str(wrong).partition(' is not valid: ')
+            raise errors.Invalid(
+                f'option {option.name} is wrong'
+                f'{f": {why}" if why and not option.secret else ""}'
+            ) from wrong
         if value is None and option.required:
             raise errors.Invalid(f'option {option.name} is missing')
     node = _place(group, node, driver, exporter)

@@ -24,6 +24,33 @@ ENDS = ('aoe-node', 'aoe-host')
 SIZE = exports_case.LV_BYTES
 
 
+class AoeSession:
+    """A host that has the volume as a device of its kernel."""
+
+    def __init__(self, guest, host, connection):
+        self.guest = guest
+        self.host = host
+        self.connection = connection
+        self.path = host.attach(connection)
+
+    def read(self, offset_bytes, length_bytes):
+        return self.guest.run_bytes(
+            'dd', f'if={self.path}', 'bs=64k', 'status=none',
+            'iflag=direct,skip_bytes,count_bytes', f'skip={offset_bytes}',
+            f'count={length_bytes}',
+        )
+
+    def write(self, offset_bytes, data):
+        self.guest.run(
+            'dd', f'of={self.path}', 'bs=4k', 'status=none',
+            'oflag=direct,seek_bytes', 'conv=notrunc',
+            f'seek={offset_bytes}', input_bytes=data,
+        )
+
+    def close(self):
+        self.host.detach(self.connection)
+
+
 class AoeTest(exports_case.DeviceCase):
 
     size_bytes = SIZE
@@ -48,6 +75,15 @@ class AoeTest(exports_case.DeviceCase):
             AoeExporter, aoe_interface=ENDS[0], aoe_trusted_network=True,
         ), self.node)
 
+    def open_session(self, connection):
+        self.addCleanup(self.guest.run, 'aoe-flush', '-a')
+        return AoeSession(self.guest, self.kernel, connection)
+
+    @property
+    def kernel(self):
+        """The guest's kernel as the host."""
+        return connector.AoeConnector(self.node)
+
     def export_for(self, mac):
         """Return an attachment, its source and its connection."""
         source = self.make_source(pattern(1, SIZE))
@@ -61,40 +97,27 @@ class AoeTest(exports_case.DeviceCase):
         return attachment_id, source, made
 
     def test_host_has_the_volume_as_a_device_and_lets_go_of_it(self):
-        host = connector.AoeConnector(self.node)
-        self.assertIn(self.mac, host.host().properties['aoe_mac'])
+        self.assertIn(self.mac, self.kernel.host().properties['aoe_mac'])
         attachment_id, source, made = self.export_for(self.mac)
-        path = host.attach(made)
-        self.addCleanup(self.guest.run, 'aoe-flush', '-a')
-        self.assertEqual(path, host.attach(made))
-        self.assertEqual(path, host.present(made))
-        self.assertEqual(pattern(1, SIZE), self.read(path))
-        self.guest.run(
-            'dd', f'of={path}', 'bs=4k', 'oflag=direct', 'conv=notrunc',
-            input_bytes=b'\xff' * 4096,
-        )
+        with self.session(made) as session:
+            self.assertEqual(session.path, self.kernel.attach(made))
+            self.assertEqual(session.path, self.kernel.present(made))
+            self.assertEqual(pattern(1, SIZE), session.read(0, SIZE))
+            session.write(0, b'\xff' * 4096)
         self.assertEqual(b'\xff' * 4096, self.stored(source, 4096))
-        host.detach(made)
-        self.assertEqual('', host.present(made))
-        host.detach(made)
+        self.assertEqual('', self.kernel.present(made))
+        self.kernel.detach(made)
         self.exporter.unexport(attachment_id)
         self.assertEqual(set(), self.exporter.exported())
 
     def test_host_that_holds_it_open_is_cut_off_all_the_same(self):
-        host = connector.AoeConnector(self.node)
         attachment_id, _, made = self.export_for(self.mac)
-        path = host.attach(made)
-        self.addCleanup(self.guest.run, 'aoe-flush', '-a')
+        session = self.open_session(made)
         self.exporter.unexport(attachment_id)
         with self.assertRaises(lab.Failed):
-            self.read(path)
+            session.read(0, SIZE)
 
     def test_host_with_another_mac_finds_nothing(self):
         _, _, made = self.export_for('02:00:00:00:00:99')
         with self.assertRaises(errors.NotFound):
-            connector.AoeConnector(self.node).attach(made)
-
-    def read(self, path):
-        return self.guest.run_bytes(
-            'dd', f'if={path}', 'bs=64k', 'iflag=direct', 'status=none'
-        )
+            self.open_session(made)

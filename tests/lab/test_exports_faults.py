@@ -9,11 +9,14 @@ it; with the whole lab, in all of these ways.
 
 from __future__ import annotations
 
+import abc
 import itertools
 
 from tests import lab
 from tests.lab import exports_case
 from tests.lab.test_lio import LioCase
+from tests.lab.test_nfs import NfsCase
+from tests.lab.test_nfs import POOL
 from tests.lab.test_nvmet import NvmetCase
 from volume import errors
 from volume.exports.lio_store import CORE
@@ -22,8 +25,12 @@ from volume.node import Op
 from volume.testing import faults
 
 
-class FaultCase:
+class FaultCase(abc.ABC):
     """An exporter whose node can be told what to spoil."""
+
+    @abc.abstractmethod
+    def things(self):
+        """Return what the kernel has of ours."""
 
     @classmethod
     def setUpClass(cls):
@@ -103,10 +110,6 @@ class FaultCase:
 
     looked = 0
 
-    def things(self):
-        """Return what the kernel has of ours."""
-        raise NotImplementedError
-
     def test_export_that_failed_anywhere_can_be_repeated_or_ended(self):
         with self.assertLogs('volume', 'DEBUG') as logs:
             said = self.spoil(lambda attachment_id: None, (
@@ -148,3 +151,13 @@ class NvmetFaultTest(FaultCase, NvmetCase):
         # Of a host whose admission was just taken away a name may be left;
         # it admits nobody, and goes with the next end.
         return list(self.exporter.names())
+
+
+class NfsFaultTest(FaultCase, NfsCase):
+
+    def things(self):
+        state_dir = self.node.state_dir
+        return self.guest.run('bash', '-c', (
+            f'exportfs -s; ls {state_dir}/nfs; '
+            f'find {POOL} -path "*/.exports/*"'
+        )).split()

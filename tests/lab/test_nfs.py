@@ -99,7 +99,8 @@ class NfsSession:
         self.guest.run('rmdir', self.point)
 
 
-class NfsTest(exports.ExporterSuite, exports_case.DeviceCase):
+class NfsCase(exports_case.DeviceCase):
+    """An exporter in front of the guest's NFS server, and two hosts of it."""
 
     size_bytes = 256 << 10
     host = model.Host('one', case.PORTALS[:1])
@@ -132,10 +133,10 @@ class NfsTest(exports.ExporterSuite, exports_case.DeviceCase):
         self.addresses = {}
         super().setUp()
 
-    def make_exporter(self):
+    def make_exporter(self, node=None):
         return NfsExporter(fixtures.settings(
             NfsExporter, nfs_address=case.PORTALS[0]
-        ), self.node)
+        ), node or self.node)
 
     def make_source(self, image):
         path = f'{POOL}/{ids.new()}.raw'
@@ -155,7 +156,8 @@ class NfsTest(exports.ExporterSuite, exports_case.DeviceCase):
         address = self.addresses[connection.fields['export']]
         return NfsSession(self.guest, address, connection)
 
-    # What holds for this one beside.
+
+class NfsTest(exports.ExporterSuite, NfsCase):
 
     def test_another_host_cannot_mount_it(self):
         connection = self.export(self.attachment())

@@ -71,10 +71,12 @@ class Sections(unittest.TestCase):
         ):
             with self.subTest(text):
                 name = text.split()[0]
-                self.assertIn(name, self.down(
+                reason = self.down(
                     '[bad]\ndriver = file\nexporter = local\n'
                     f'directories = {{root}}/pool\n{text}'
-                ))
+                )
+                self.assertIn(f'option {name} is wrong: ', reason)
+                self.assertNotIn('LocationInfo', reason)
 
     def test_a_name_that_no_row_can_carry_is_refused(self):
         name = 'b' * 65

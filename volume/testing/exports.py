@@ -8,6 +8,7 @@ connection. Each test is a claim in plain words.
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 import contextlib
 import json
@@ -47,20 +48,20 @@ class ExporterBench(workbench.Case):
         'nqn.2014-08.org.nvmexpress:uuid:2e4dafc6-ac53-4b3f-9e9c-1a7b5f1d8b22',
     )
 
+    @abc.abstractmethod
     def make_exporter(self) -> Exporter:
         """Return an exporter that was not checked yet.
 
         Called again in the same test it is the service started anew.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_source(self, image: bytes) -> Source:
         """Return a volume of this node that holds the image."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def open_session(self, connection: model.Connection) -> Session:
         """Open the connection as its host does."""
-        raise NotImplementedError
 
     def setUp(self) -> None:
         super().setUp()

@@ -15,6 +15,7 @@ write.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -63,13 +64,13 @@ class DriverFaultSuite(workbench.Case):
     slow.
     """
 
+    @abc.abstractmethod
     def make_driver(self, node: faults.FaultyNode) -> base.Driver:
         """Return a driver over the node; the storage is always the same."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_node(self) -> faults.FaultyNode:
         """Return a node without a fault; its state directory is the same."""
-        raise NotImplementedError
 
     def leftovers(self) -> object:
         """Return what lies on the storage, beyond what ``scan`` shows.

@@ -13,6 +13,7 @@ how an exporter is made over a given node, and how a host reads.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -45,21 +46,21 @@ class ExporterFaultSuite(workbench.Case):
     """Whether all six faults of an act are tried, or the two that differ
     most: a refusal, and a death after it was done."""
 
+    @abc.abstractmethod
     def make_node(self) -> faults.FaultyNode:
         """Return a node without a fault; its state directory is the same."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_exporter(self, node: faults.FaultyNode) -> Exporter:
         """Return an exporter over the node that was not checked yet."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_source(self, image: bytes) -> Source:
         """Return a volume of this node that holds the image."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self, connection: model.Connection) -> bytes:
         """Return all bytes, as the host reads them."""
-        raise NotImplementedError
 
     def intrude(self, connection: model.Connection) -> bytes:
         """Read as one who knows all but the secret; raise if refused."""

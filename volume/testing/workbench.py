@@ -8,6 +8,7 @@ middle, and in the last sector; zeros between.
 
 from __future__ import annotations
 
+import abc
 import io
 import random
 import unittest
@@ -22,7 +23,7 @@ from volume.drivers import base
 if TYPE_CHECKING:
     Case = unittest.TestCase
 else:
-    Case = object  # a suite is not to be run by itself
+    Case = abc.ABC  # a suite is not to be run by itself
 
 CHUNK_BYTES = 1 << 16
 UPKEEP_MAX = 1000
@@ -102,13 +103,13 @@ class Workbench(Case):
     )
     """Who attaches, for drivers with NativeAccess."""
 
+    @abc.abstractmethod
     def make_driver(self) -> base.Driver:
         """Return a driver that was not checked yet.
 
         Called again in the same test it must find the same storage: make
         the storage in ``setUp``, before ``super().setUp()``.
         """
-        raise NotImplementedError
 
     def make_foreign(self, pool: str, image: bytes) -> str | None:
         """Put something that is not ours into the pool; return its handle.

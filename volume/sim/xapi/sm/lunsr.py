@@ -12,6 +12,7 @@ are the only ones that look into rows.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable
 from typing import Any
 
@@ -111,9 +112,9 @@ class LunSr(Manager):
 
     # -- what the types differ in -----------------------------------------
 
+    @abc.abstractmethod
     def luns(self) -> list[Lun]:
         """Return the LUNs that this repository is made of."""
-        raise NotImplementedError
 
     def is_born_managed(self) -> bool:
         """Whether a scan takes a new LUN for one that is in use."""

@@ -13,6 +13,7 @@ of it.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 from typing import Any
@@ -62,16 +63,16 @@ class LvmSr(ChainManager):
 
     # -- where it is ------------------------------------------------------
 
+    @abc.abstractmethod
     def place(self) -> tuple[list[str], int]:
         """Return the names of the disks in ``groups/``, and their size.
 
         :raises Failure: a disk is not there
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def assert_unused(self) -> None:
         """Refuse disks that another SR of this pool has."""
-        raise NotImplementedError
 
     @property
     def group(self) -> Group:
