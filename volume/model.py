@@ -158,12 +158,14 @@ class Abilities:
     ``mac``, ``path`` (it is on this machine), ``cephx``, ``pool`` (it is a
     member of the storage's own pool). ``ends_sessions``: the end of an
     access ends what is open; otherwise it is Busy until that is closed.
+    ``twice_per_host``: a host can have a volume by two attachments at a time.
     """
 
     auth: tuple[str, ...] = ()
     ends_sessions: bool = True
     read_only: bool = True
     multi_attach: bool = True
+    twice_per_host: bool = True
     multi_portal: bool = False
     online_resize: bool = False
     remote_node: bool = False

@@ -4,6 +4,8 @@
 import dataclasses
 import unittest
 
+from sqlalchemy import update
+
 from tests.fault import world
 from volume import errors
 from volume import ids
@@ -102,3 +104,49 @@ class Strangers(unittest.TestCase):
             ))
         self.assertEqual({export_id}, strangers)
         self.assertEqual({export_id}, exporter.exported())
+
+
+class TwiceOnOneHost(unittest.TestCase):
+    """Two virtual machines of one host share a volume."""
+
+    def setUp(self):
+        directory = fixtures.plain_directory(self)
+        self.world = world.World(
+            self, f'driver = file\ndirectories = {directory}\n'
+            'exporter = local',
+        )
+        self.core = self.world.core
+        self.volume_id = volumes.create(
+            self.core, world.CALLER,
+            volumes.NewVolume(size_bytes=1 << 20, multiattach=True),
+        ).id
+
+    def attach(self, host):
+        made = attachments.create(
+            self.core, world.CALLER, self.volume_id, ids.new()
+        )
+        attachments.update(
+            self.core, world.CALLER, made.id, {'host': host}
+        )
+        attachments.complete(self.core, world.CALLER, made.id)
+
+    def reachable(self):
+        return self.world.backends['b'].exporter.exported()
+
+    def test_each_has_an_attachment_of_its_own(self):
+        self.attach('one')
+        self.attach('one')
+        self.assertEqual(2, len(self.reachable()))
+
+    def test_who_cannot_serve_a_host_twice_refuses_before_anything(self):
+        pool, = self.world.all(models.Pool)
+        features = sorted({*pool.features} - {'export:twice_per_host'})
+        self.core.db.write(lambda session: session.execute(
+            update(models.Pool).values(features=features)
+        ))
+        self.attach('one')
+        with self.assertRaisesRegex(errors.Unsupported, 'host one twice'):
+            self.attach('one')
+        self.assertEqual(1, len(self.reachable()))
+        self.attach('two')
+        self.assertEqual(2, len(self.reachable()))

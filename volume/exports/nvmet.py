@@ -70,10 +70,10 @@ class NvmetExporter(ConfigfsExporter[Subsystem]):
         ),
     )
     # The kernel's namespaces know no "read only", and open what they serve
-    # for writing.
+    # for writing. As a host, it takes no namespace whose UUID it has already.
     abilities: ClassVar[Abilities] = Abilities(
-        auth=('initiator',), read_only=False, multi_portal=True,
-        online_resize=True, remote_node=True,
+        auth=('initiator',), read_only=False, twice_per_host=False,
+        multi_portal=True, online_resize=True, remote_node=True,
     )
 
     directory = SUBSYSTEMS

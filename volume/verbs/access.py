@@ -83,11 +83,12 @@ def way(
     there: list[models.Attachment],
     mine: models.Attachment | None,
     mode: str,
+    host: str,
 ) -> str:
     """Return how the host may use the volume: ``ro`` or ``rw``.
 
     :raises Unsupported: the backend's way to its hosts cannot serve
-        several of them, or not refuse writes
+        several of them, or one of them twice, or not refuse writes
     """
     mode = 'ro' if row.readonly else mode
     others = [each for each in there if each is not mine]
@@ -95,6 +96,10 @@ def way(
         (ability, verb) for ability, verb, is_wanted in (
             ('read_only', 'attach a volume read-only', mode == 'ro'),
             ('multi_attach', 'serve several hosts', bool(others)),
+            (
+                'twice_per_host', f'serve host {host} twice',
+                any(each.host == host for each in others),
+            ),
         ) if is_wanted
     ]
     # What an earlier release reported, the exporter will say.

@@ -126,7 +126,9 @@ def connect(
         ):
             return None, row, mine
         access.need_room(row, there, mine)
-        way = access.way(session, row, there, mine, mode)
+        way = access.way(
+            session, row, there, mine, mode, properties['host']
+        )
         job_id = ids.new()
         # What a host can reach is not available to anybody else's verb.
         status = 'attaching' if row.status == 'available' else row.status
