@@ -302,8 +302,9 @@ def _convert(source: str, made: str) -> None:
     """Copy as well as the tool can, and durably, as a service must."""
     with open(made, 'wb') as f:
         f.truncate(GIB)
-    _run('qemu-img', 'convert', '-n', '-m', '16', '-W', '-f', 'raw', '-O',
-         'raw', source, made)
+    # It may pass over zeros as well: what it writes to is new.
+    _run('qemu-img', 'convert', '-n', '--target-is-zero', '-m', '16', '-W',
+         '-f', 'raw', '-O', 'raw', source, made)
     _run('sync', made)
 
 
