@@ -112,6 +112,7 @@ class Targets(LabService):
         self.guest.run('targetcli', '/iscsi', 'delete', target)
         self.end(attachment)
         self.assertEqual('available', self.service.volume(volume_id)['status'])
+        self.assertNotIn(volume_id, self.guest.run('targetcli', 'ls', '/'))
         with self.assertRaisesRegex(Refused, 'iSCSI name'):
             self.service.call('POST', '/attachments', {'attachment': {
                 'volume_uuid': volume_id, 'instance_uuid': volume_id,

@@ -293,6 +293,24 @@ class LioTest(exports.ExporterSuite, LioCase):
             self.exporter.unexport(attachment_id)
             self.assertEqual([[], []], self.dump())
 
+    def test_target_that_was_removed_by_hand_leaves_no_backstore(self):
+        one, two = self.attachment(), self.attachment()
+        connection = self.export(two)
+        self.lose(one)
+        self.exporter.unexport(one)
+        self.assertEqual(self.image, self.read(connection))
+        self.lose(two)
+        self.exporter.check()
+        self.assertEqual([[], []], self.dump())
+        self.lose(one)
+        self.exporter.unexport(one)
+        self.assertEqual([[], []], self.dump())
+
+    def lose(self, attachment_id):
+        """Have somebody remove the target of an attachment."""
+        name = self.export(attachment_id).fields['target_iqn']
+        self.guest.run('targetcli', '/iscsi', 'delete', name)
+
     def test_secrets_are_in_no_command_line(self):
         ones = [self.wanted(self.attachment()) for _ in range(3)]
         secrets = [

@@ -108,6 +108,9 @@ class ConfigfsExporter(Exporter, Generic[T]):
         Those know neither today's hosts nor today's secrets.
         """
 
+    def remove_rest(self) -> None:
+        """Remove what is left of targets that somebody else has removed."""
+
     # The contract.
 
     def export(self, wanted: Export) -> model.Connection:
@@ -131,9 +134,11 @@ class ConfigfsExporter(Exporter, Generic[T]):
     def unexport(self, attachment_id: str) -> None:
         attachment = ids.check(attachment_id, 'attachment')
         names = self.names()
-        for name, (_, each) in names.items():
-            if each == attachment:
-                self.remove(name, names)
+        mine = [name for name, (_, of) in names.items() if of == attachment]
+        for name in mine:
+            self.remove(name, names)
+        if not mine:
+            self.remove_rest()
 
     def exported(self) -> set[str]:
         return {attachment for _, attachment in self.names().values()}

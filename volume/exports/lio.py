@@ -143,6 +143,18 @@ class LioExporter(ConfigfsExporter[Target]):
                 'of that one'
             ) from busy
 
+    def remove_rest(self) -> None:
+        # A target is made before its backstore: so one that had none when
+        # the backstores were listed already is not on its way.
+        stores = lio_store.ours(self.node, self.prefix)
+        if not stores:
+            return
+        used = {volume_id for volume_id, _ in self.names().values()}
+        for path, volume_id in stores.items():
+            if volume_id not in used:
+                LOG.warning('%s has lost its targets: removed', path)
+                self._remove_store(path)
+
     def remove_restored(self) -> None:
         names = self.names()
         known = self.ask({
@@ -157,7 +169,11 @@ class LioExporter(ConfigfsExporter[Target]):
                 LOG.warning('%s was not made by this service: removed', name)
                 self.remove(name, names)
         for path in lio_store.restored(self.node, self.prefix):
-            try:
-                self.node.configure([Op.rmdir(path)])
-            except errors.Busy as busy:
-                LOG.warning('a target that is not ours has it: %s', busy)
+            self._remove_store(path)
+        self.remove_rest()
+
+    def _remove_store(self, path: str) -> None:
+        try:
+            self.node.configure([Op.rmdir(path)])
+        except errors.Busy as busy:
+            LOG.warning('a target that is not ours has it: %s', busy)

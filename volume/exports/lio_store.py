@@ -160,19 +160,26 @@ def name(prefix: str, volume_id: str) -> str:
     return f'{prefix}volume-{volume_id}'
 
 
+def ours(node: Node, prefix: str) -> dict[str, str]:
+    """Return the volumes of our backstores, by their paths."""
+    return _in(node, prefix, [f'{CORE}/{each}' for each in HBAS])
+
+
 def restored(node: Node, prefix: str) -> list[str]:
     """Return backstores with names of ours that stand elsewhere."""
-    others = [
+    return list(_in(node, prefix, [
         f'{CORE}/{each}' for each in texts(*node.configure([Op.list(CORE)]))
         if FOREIGN_HBA.fullmatch(each) and each not in HBAS
-    ]
-    if not others:
-        return []
-    found = node.configure([Op.list(each) for each in others])
-    return [
-        f'{hba}/{each}'
-        for hba, names in zip(others, found, strict=True)
+    ]))
+
+
+def _in(node: Node, prefix: str, hbas: Sequence[str]) -> dict[str, str]:
+    """Return the volumes of backstores with names of ours in some HBAs."""
+    listed = node.configure([Op.list(each) for each in hbas]) if hbas else []
+    start = name(prefix, '')
+    return {
+        f'{hba}/{each}': each.removeprefix(start)
+        for hba, names in zip(hbas, listed, strict=True)
         for each in texts(names)
-        if each.startswith(f'{prefix}volume-')
-        and ids.is_id(each.removeprefix(f'{prefix}volume-'))
-    ]
+        if each.startswith(start) and ids.is_id(each.removeprefix(start))
+    }
