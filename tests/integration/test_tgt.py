@@ -19,6 +19,7 @@ from volume.exports.base import Export
 from volume.exports.tgt import TgtExporter
 from volume.exports.tgt_daemon import Daemon
 from volume.node import Node
+from volume.testing import faults
 from volume.testing import fixtures
 
 MIB = 1 << 20
@@ -136,10 +137,12 @@ class AccessTest(Case):
         self.assert_refused(connection)
 
     def test_host_s_name_in_capitals_is_let_in_as_it_writes_it(self):
-        host = model.Host('one', (), 'iqn.2024-01.example:One')
-        connection = self.exporter.export(self.wanted(host=host))
-        with self.session(connection, initiator=host.iqn) as session:
-            self.assertEqual(bytes(512), session.read(0, 512))
+        host = model.Host('one', (), 'IQN.2024-01.example:One')
+        wanted = self.wanted(host=host)
+        for _ in range(2):
+            connection = self.exporter.export(wanted)
+            with self.session(connection, initiator=host.iqn) as session:
+                self.assertEqual(bytes(512), session.read(0, 512))
 
     def test_host_without_a_name_is_refused(self):
         with self.assertRaises(errors.Invalid):
@@ -216,18 +219,7 @@ class EndTest(Case):
             f'Target 1: {name.replace(victim.attachment_id, absent)}\n'
             '    ACL information:\n        iqn.2024-01.example:x\n'
         )
-        connection = self.exporter.export(wanted)
-        login = iscsi.Login.of(connection, HOST.iqn)
-        prepare = iscsi.Session._prepare
-
-        def with_alias(session, *args):
-            prepare(session, *args)
-            session._lib.iscsi_set_alias(
-                session._context, ctypes.c_char_p(lie.encode())
-            )
-
-        session = type('Liar', (iscsi.Session,), {'_prepare': with_alias})
-        with contextlib.closing(session(login)):
+        with self.liar(self.exporter.export(wanted), lie):
             self.assertIn('Target 1: ', self.tgtd.listing())
             # It can hide itself, and neither hide nor invent others.
             there = self.exporter.exported() - {wanted.attachment_id}
@@ -237,6 +229,48 @@ class EndTest(Case):
         self.assertEqual({victim.attachment_id}, self.exporter.exported())
         with self.session(victims) as session:
             session.read(0, 512)
+
+
+    def liar(self, connection, alias):
+        """Return a session of a host that calls itself so."""
+        prepare = iscsi.Session._prepare
+
+        def with_alias(session, *args):
+            prepare(session, *args)
+            session._lib.iscsi_set_alias(
+                session._context, ctypes.c_char_p(alias.encode())
+            )
+
+        session = type('Liar', (iscsi.Session,), {'_prepare': with_alias})
+        login = iscsi.Login.of(connection, HOST.iqn)
+        return contextlib.closing(session(login))
+
+    def test_host_that_hides_its_admission_is_out_with_the_first_act(self):
+        wanted = self.wanted()
+        connection = self.exporter.export(wanted)
+        node = faults.FaultyNode(self.node.state_dir)
+        exporter = TgtExporter(tgt.settings([self.portal], chap='off'), node)
+        with self.liar(connection, 'x\nTarget 7: y') as session:
+            # The listing is a question; then comes the first act.
+            node.arm(faults.Fault('crash', 2, is_late=True))
+            with self.assertRaises(faults.Crash):
+                exporter.unexport(wanted.attachment_id)
+            with self.assertRaises(iscsi.Refused):
+                session.read(0, 512)
+            self.assert_refused(connection)
+        self.exporter.unexport(wanted.attachment_id)
+        self.assertEqual('', self.tgtd.listing())
+
+    def test_end_that_broke_off_can_be_taken_back(self):
+        wanted = self.wanted()
+        self.exporter.export(wanted)
+        target, = self.exporter._targets()[wanted.attachment_id]
+        self.tgtd.set_ready(target.tid, False)
+        self.assertEqual(set(), self.exporter.exported())
+        connection = self.exporter.export(wanted)
+        self.assertEqual({wanted.attachment_id}, self.exporter.exported())
+        with self.session(connection) as session:
+            self.assertEqual(bytes(512), session.read(0, 512))
 
 
 class IdentityTest(Case):

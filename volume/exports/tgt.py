@@ -3,8 +3,9 @@
 
 There is one target per attachment, with the volume as its LUN 1, one
 initiator that is let in, and accounts of its own. That initiator is bound
-last and unbound first: a target without one lets nobody in, and is what a
-crash has left of an export, or of its end.
+last: a target without one lets nobody in, and is what a crash has left of an
+export. An end begins with the target taken offline: then it takes neither
+logins nor commands, whatever a host has made of what is listed of it.
 
 What a host has flushed, or has written through (FUA), the daemon has given
 to fdatasync. Two attachments of one volume are two units to the daemon, with
@@ -120,7 +121,7 @@ class TgtExporter(Exporter):
     def exported(self) -> set[str]:
         return {
             attachment for attachment, targets in self._known().items()
-            if any(target.bound for target in targets)
+            if any(target.bound and target.is_ready for target in targets)
         }
 
     # Ours alone: questions.
@@ -240,6 +241,7 @@ class TgtExporter(Exporter):
         if not bound:
             self._identify(tid, wanted)
         elif not secrets and not any(t.accounts for t in targets):
+            self._make_ready(targets)
             return
         # While accounts are being changed, nobody may enter without one.
         for each in bound:
@@ -247,8 +249,14 @@ class TgtExporter(Exporter):
         if any(target.accounts for target in targets):
             self._delete_accounts(wanted.attachment_id)
         self._set_accounts(tid, secrets)
+        self._make_ready(targets)
         for host in hosts:
             self._tgtd.bind_initiator(tid, host)
+
+    def _make_ready(self, targets: list[Target]) -> None:
+        """Take back what an end that broke off has begun with."""
+        for tid in {each.tid for each in targets if not each.is_ready}:
+            self._tgtd.set_ready(tid, True)
 
     def _open(self, tid: int, path: str) -> None:
         try:
@@ -297,7 +305,7 @@ class TgtExporter(Exporter):
     def _unbind(self, tid: int, bound: str) -> None:
         unbind = (
             self._tgtd.unbind_initiator
-            if bound.startswith(('iqn.', 'eui.', 'naa.'))
+            if bound.lower().startswith(('iqn.', 'eui.', 'naa.'))
             else self._tgtd.unbind_address
         )
         with _ignored(tgt_wire.NO_ACL, tgt_wire.NO_TARGET):
@@ -309,10 +317,14 @@ class TgtExporter(Exporter):
         The LUN goes first, for it is what can be read; then the accounts,
         which are found no more without their target.
         """
+        numbers = {target.tid for target in targets}
+        for tid in numbers:
+            with _ignored(tgt_wire.NO_TARGET):
+                self._tgtd.set_ready(tid, False)
         for target in targets:
             for bound in target.bound:
                 self._unbind(target.tid, bound)
-        for tid in {target.tid for target in targets}:
+        for tid in numbers:
             self._end_connections(tid)
             self._close(tid)
             self._delete_accounts(attachment_id)

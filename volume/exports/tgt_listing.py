@@ -19,6 +19,7 @@ TARGET = re.compile(r'^Target (\d+): (\S+)$', re.MULTILINE)
 SECTION = re.compile(r' {4}(\S.*) information:')
 ENTRY = re.compile(r' {8}(\S.*)')
 FIELD = re.compile(r' {12}([^:]+): (.*)')
+OFFLINE = '        State: offline'
 NUMBERS = 8
 NUMBER_BITS = 27
 
@@ -29,6 +30,8 @@ class Target:
 
     tid: int
     name: str
+    is_ready: bool = True
+    """Whether it takes logins and commands at all."""
     has_lun: bool = False
     lun: dict[str, str] = dataclasses.field(default_factory=dict)
     accounts: list[str] = dataclasses.field(default_factory=list)
@@ -72,9 +75,13 @@ def _target(lines: list[str]) -> Target:
     head = TARGET.fullmatch(lines[0])
     assert head is not None  # found by it
     target, section, lun = Target(int(head[1]), head[2]), '', ''
+    sections = 0
     for line in lines[1:]:
         if match := SECTION.fullmatch(line):
             section = match[1]
+            sections += 1
+        elif sections == 1 and line == OFFLINE:
+            target.is_ready = False  # before anything that a host says
         elif section == 'LUN':
             lun = _lun(target, line, lun)
         elif match := ENTRY.fullmatch(line):

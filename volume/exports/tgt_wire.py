@@ -128,6 +128,13 @@ class Tgtd:
             f'delete target {tid}', TARGET, DELETE, tid=tid, force=by_force
         )
 
+    def set_ready(self, tid: int, is_ready: bool) -> None:
+        """Have a target take logins and commands, or none, whoever asks."""
+        what = f'open or close target {tid}'
+        self._ask(what, TARGET, UPDATE, tid=tid, text={
+            'state': 'ready' if is_ready else 'offline',
+        })
+
     def new_lun(self, tid: int, path: str) -> None:
         self._ask(f'open {path}', DEVICE, NEW, tid=tid, lun=LUN, text={
             'path': path, 'bstype': 'rdwr',
