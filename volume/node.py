@@ -233,8 +233,15 @@ class Node:
         self._by_name(names.rename, target, source)
 
     def link(self, draft: str, path: str) -> None:
-        """Give a draft another name, unless something has it already."""
+        """Give a draft its name, unless something has it already."""
         self._by_name(names.link, path, draft)
+
+    def hard_link(self, source: str, path: str) -> None:
+        """Give a file a second name; it keeps its own.
+
+        :raises Unsupported: its file system has no hard links
+        """
+        self._by_name(names.hard_link, path, source)
 
     def unlink(self, path: str) -> None:
         """Remove a file or link, durably; return at once if it is gone."""
@@ -480,13 +487,17 @@ class File(io.RawIOBase):
 
     def zero_out(
         self, offset_bytes: int, length_bytes: int, may_free: bool = False
-    ) -> None:
+    ) -> bool:
         """Make a run read as zeros, by the quickest way that there is.
 
         With ``may_free`` what it stored may be given back; without, it
-        stays allocated where the storage allows it.
+        stays allocated where the storage allows it. Say whether it was
+        freed, and nothing was written.
+
+        It is one request, which nobody can stop: ask for a large run in
+        pieces.
         """
-        self._act('zero', lambda: self._opened.zero_out(
+        return self._act('zero', lambda: self._opened.zero_out(
             offset_bytes, length_bytes, may_free
         ))
 

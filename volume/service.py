@@ -345,7 +345,10 @@ class Service:
             'another node\'s now; started again, it begins anew',
             self.conf.host, why,
         )
-        takeover.end_all(self.node)
+        takeover.end_all(self.node, [
+            each.exporter for each in self.runner.backends.values()
+            if each.exporter and not (each.node and each.node.is_remote)
+        ])
         os._exit(GIVEN_UP)
 
     def _forget_service(self) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Iterable
 
 from sqlalchemy import exists
 from sqlalchemy import select
@@ -22,6 +23,7 @@ from volume.blockd import Blockd
 from volume.core import Core
 from volume.db import jobs
 from volume.db import models
+from volume.exports.base import Exporter
 from volume.lockdomain import LockDomain
 from volume.node import Node
 
@@ -105,8 +107,11 @@ class Neighbours:
         return count
 
 
-def end_all(node: Node) -> None:
-    """End all that works for this process, and what it has exported."""
+def end_all(node: Node, exporters: Iterable[Exporter]) -> None:
+    """End all that works for this process, and what it has exported.
+
+    The exporters are those of this machine.
+    """
     for pid in _children():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
@@ -115,6 +120,11 @@ def end_all(node: Node) -> None:
             node.blockd.stop()
         except errors.VolumeError as failed:
             LOG.error('the storage daemon: %s', failed)
+    for exporter in exporters:
+        try:
+            exporter.abandon()
+        except errors.VolumeError as failed:
+            LOG.error('what is exported: %s', failed)
 
 
 def _children() -> list[int]:

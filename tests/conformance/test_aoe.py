@@ -134,6 +134,13 @@ class AoeTest(exports.ExporterSuite, unittest.TestCase):
         self.assertEqual({7}, {each.fields['shelf'] for each in found})
         self.assertEqual(8, len({each.fields['slot'] for each in found}))
 
+    def test_abandoned_it_serves_nobody(self):
+        connection = self.export(self.attachment())
+        self.assertEqual(self.image, self.read(connection))
+        self.exporter.abandon()
+        self.assertEqual(set(), self.exporter.exported())
+        self.assert_closed(connection)
+
     def test_what_a_host_has_written_is_stored(self):
         directory = fixtures.reflink_directory(self)
         path = os.path.join(directory, 'volume.raw')

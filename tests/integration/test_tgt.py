@@ -261,6 +261,17 @@ class EndTest(Case):
         self.exporter.unexport(wanted.attachment_id)
         self.assertEqual('', self.tgtd.listing())
 
+    def test_abandoned_it_serves_nobody(self):
+        wanted = self.wanted()
+        connection = self.exporter.export(wanted)
+        with self.session(connection) as session:
+            self.exporter.abandon()
+            with self.assertRaises(iscsi.Refused):
+                session.read(0, 512)
+        self.assert_refused(connection)
+        self.assertEqual(set(), self.exporter.exported())
+        self.exporter.abandon()
+
     def test_end_that_broke_off_can_be_taken_back(self):
         wanted = self.wanted()
         self.exporter.export(wanted)

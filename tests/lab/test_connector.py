@@ -213,6 +213,33 @@ class ConnectorCase(case.LabCase):
             with self.assertRaisesRegex(errors.Busy, 'cat'):
                 self.connector.reap(stray)
 
+    def test_a_dead_path_is_no_reason_not_to_take_another(self):
+        target = self.target(portals=case.PORTALS)
+        old, new = (self.by(target, portal) for portal in case.PORTALS)
+        before = self.connector.attach(old)
+        self.cut(case.PORTALS[0])
+        hosts.until(
+            lambda: not self.is_up(target), f'{before} does not die')
+        path = self.connector.attach(new)
+        self.guest.run('dd', f'if={path}', 'of=/dev/null', 'iflag=direct',
+                       'bs=4k', 'count=1')
+        self.connector.detach(new)
+        self.assertEqual('', self.connector.present(old))
+
+    def cut(self, portal):
+        """Drop what goes to a portal, until the test ends."""
+        self.guest.run('nft', 'add', 'table', 'inet', 'cut')
+        self.addCleanup(self.guest.run, 'nft', 'delete', 'table', 'inet',
+                        'cut')
+        self.guest.run(
+            'nft', 'add chain inet cut out { type filter hook output '
+            'priority 0; }'
+        )
+        self.guest.run(
+            'nft', f'add rule inet cut out ip daddr {portal} tcp dport '
+            f'{self.port} drop'
+        )
+
     def test_a_volume_that_grew_is_seen_larger(self):
         target = self.target()
         path = self.attach(target)
@@ -298,6 +325,7 @@ class IscsiConnectorTest(ConnectorCase):
     """One portal."""
 
     portals = case.PORTALS[:1]
+    port = 3260
 
     @classmethod
     def setUpClass(cls):
@@ -308,10 +336,24 @@ class IscsiConnectorTest(ConnectorCase):
     def make_connector(self, node):
         return IscsiConnector(node)
 
-    def target(self, serial='', **more):
+    def target(self, serial='', portals=(), **more):
         return self.keep(self.targets.iscsi(
-            self.initiator, self.portals, serial=serial, **more
+            self.initiator, portals or self.portals, serial=serial, **more
         ))
+
+    def by(self, target, portal):
+        """Return the connection by one portal alone."""
+        given = target.connection
+        return model.Connection('iscsi', {
+            'target_portal': f'{portal}:3260', 'target_iqn': target.name,
+            'target_lun': 0, 'volume_id': target.volume_id,
+        }, credentials=given.credentials)
+
+    def is_up(self, target):
+        return any(
+            each.is_up for each in open_iscsi.sessions(self.node)
+            if each.target == target.name
+        )
 
     def test_who_does_not_know_the_secret_is_not_let_in(self):
         target = self.target()
@@ -411,19 +453,35 @@ class MultipathTest(IscsiConnectorTest):
             self.attach(target)
         self.assertIn('1 of 2 paths', logs.output[0])
 
-    def cut(self, portal):
-        """Drop what goes to a portal, until the test ends."""
-        self.guest.run('nft', 'add', 'table', 'inet', 'cut')
-        self.addCleanup(self.guest.run, 'nft', 'delete', 'table', 'inet',
-                        'cut')
-        self.guest.run(
-            'nft', 'add chain inet cut out { type filter hook output '
-            'priority 0; }'
+    def test_a_path_that_is_down_keeps_no_map_from_being_detached(self):
+        target = self.target()
+        path = self.attach(target)
+        self.guest.run('dd', f'of={path}', 'bs=4k', input_bytes=b'\xa5' * 4096)
+        self.cut(case.PORTALS[0])
+        hosts.until(
+            lambda: not all(
+                each.is_up for each in open_iscsi.sessions(self.node)
+            ), 'no path goes down',
         )
-        self.guest.run(
-            'nft', f'add rule inet cut out ip daddr {portal} tcp dport '
-            '3260 drop'
-        )
+        self.connector.detach(target.connection)
+        self.assertEqual(b'\xa5' * 4096, self.guest.run_bytes(
+            'dd', f'if={target.device}', 'bs=4k', 'count=1', 'iflag=direct',
+            'status=none',
+        ))
+
+    def test_a_map_in_use_goes_on_waiting_for_its_paths(self):
+        target = self.target()
+        path = self.attach(target)
+        with self.open(path):
+            self.guest.run('dmsetup', 'message', path, '0',
+                           'queue_if_no_path')
+            self.targets.end(target)
+            with self.assertRaisesRegex(errors.Busy, 'cat'):
+                self.connector.reap(self.await_stray())
+            self.assertIn(
+                'queue_if_no_path', self.guest.run('dmsetup', 'table', path))
+            self.guest.run('dmsetup', 'message', path, '0',
+                           'fail_if_no_path')
 
     def test_no_command_line_ever_has_the_secret(self):
         self.skipTest('one portal shows it')
@@ -435,13 +493,27 @@ class MultipathTest(IscsiConnectorTest):
 class NvmeConnectorTest(ConnectorCase):
     """NVMe over TCP; the kernel makes a device of each connection."""
 
+    port = 4420
+
     def make_connector(self, node):
         return NvmeConnector(node)
 
-    def target(self, uuid=''):
+    def target(self, uuid='', portals=case.PORTALS):
         return self.keep(self.targets.nvme(
-            nvme_host.identity(self.node).nqn, case.PORTALS, uuid=uuid
+            nvme_host.identity(self.node).nqn, portals, uuid=uuid
         ))
+
+    def by(self, target, portal):
+        """Return the connection by one portal alone."""
+        return model.Connection('nvmeof', {
+            **target.connection.fields, 'portals': [[portal, '4420', 'tcp']],
+        })
+
+    def is_up(self, target):
+        return any(
+            each.is_up for each in nvme_host.controllers(self.node)
+            if each.nqn == target.name
+        )
 
     def grow(self, target, size_bytes):
         super().grow(target, size_bytes)

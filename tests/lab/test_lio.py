@@ -16,6 +16,8 @@ from volume import identity
 from volume import ids
 from volume import model
 from volume.exports.lio import LioExporter
+from volume.exports.lio_target import ISCSI
+from volume.node import Op
 from volume.testing import exports
 from volume.testing import fixtures
 
@@ -305,6 +307,17 @@ class LioTest(exports.ExporterSuite, LioCase):
         self.lose(one)
         self.exporter.unexport(one)
         self.assertEqual([[], []], self.dump())
+
+    def test_half_made_it_is_not_exported_and_is_made_whole(self):
+        attachment_id = self.attachment()
+        name = self.export(attachment_id).fields['target_iqn']
+        self.node.configure([
+            Op.put(f'{ISCSI}/{name}/tpgt_1/enable', '0')
+        ])
+        self.assertEqual(set(), self.exporter.exported())
+        connection = self.export(attachment_id)
+        self.assertEqual({attachment_id}, self.exporter.exported())
+        self.assertEqual(self.image, self.read(connection))
 
     def lose(self, attachment_id):
         """Have somebody remove the target of an attachment."""

@@ -13,6 +13,8 @@ from volume import ids
 from volume import model
 from volume.exports import naming
 from volume.exports.nvmet import NvmetExporter
+from volume.exports.nvmet_subsystem import namespace
+from volume.node import Op
 from volume.testing import exports
 from volume.testing import fixtures
 
@@ -159,6 +161,15 @@ class NvmetTest(exports.ExporterSuite, NvmetCase):
             self.assertEqual(self.image[:512], session.read(0, 512))
             session.write(before * 512, b'\xa5' * 512)
         self.guest.run('lvreduce', '-q', '-f', '-L', '4M', self.source.path)
+
+    def test_half_made_it_is_not_exported_and_is_made_whole(self):
+        attachment_id = self.attachment()
+        name = self.export(attachment_id).fields['target_nqn']
+        self.node.configure([Op.put(f'{namespace(name)}/enable', '0')])
+        self.assertEqual(set(), self.exporter.exported())
+        connection = self.export(attachment_id)
+        self.assertEqual({attachment_id}, self.exporter.exported())
+        self.assertEqual(self.image, self.read(connection))
 
     def test_read_only_is_refused_and_never_pretended(self):
         with self.assertRaises(errors.Unsupported):

@@ -32,13 +32,13 @@ class Doors(LocalExporter):
 
     def export(self, wanted):
         made = super().export(wanted)
-        password = wanted.credentials['password']
+        password = wanted.credentials.get('password')
         self.node.act('lock', lambda: self.doors.__setitem__(
             wanted.attachment_id, password
         ))
         return dataclasses.replace(made, credentials={
             'auth_method': 'CHAP', 'auth_password': password,
-        })
+        } if password else {})
 
 
 class Credentials(unittest.TestCase):
@@ -131,6 +131,20 @@ class Credentials(unittest.TestCase):
             {told['attachment_id']: told['auth_password']},
             self.exporter.doors,
         )
+
+    def test_made_before_any_were_wanted_it_is_restored_without(self):
+        self.exporter.wants = ()
+        told = self.connect()
+        attachments.attach(
+            self.core, world.CALLER, self.volume_id, None, None,
+            host_name=CONNECTOR['host'],
+        )
+        self.exporter.doors.clear()
+        self.exporter.unexport(told['attachment_id'])
+        del self.exporter.wants
+        periodic.restore_exports(self.core, self.world.backends)
+        self.world.recover()
+        self.assertEqual({told['attachment_id']: None}, self.exporter.doors)
 
     def test_a_repeated_step_leaves_the_host_what_the_door_has(self):
         for fault in faults.every(2):

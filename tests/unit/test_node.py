@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door to the machine: commands within limits, files that are durable."""
 
+import errno
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ from volume import node as nodes
 from volume.testing import fixtures
 
 PYTHON = sys.executable
+
+LINKS_MAX = 70_000  # ext4 has room for 65,000
 
 # A command that a time limit has to end must not end by itself before.
 FOREVER = 'import time; time.sleep(600)'
@@ -360,6 +363,28 @@ class Files(unittest.TestCase):
         self.node.clone_file(source, target)
         self.node.write(source, b'y' * 4096)
         self.assertEqual(b'x' * 4096, self.node.read(target))
+
+    def test_file_that_can_have_no_second_name_keeps_its_own(self):
+        source, other = self.path('a'), self.path('b')
+        self.node.write(source, b'x')
+        try:
+            for number in range(LINKS_MAX):
+                os.link(source, self.path(f'l{number}'))
+        except OSError as failed:
+            self.assertEqual(errno.EMLINK, failed.errno)
+        else:
+            self.skipTest('no file system with a limit of links')
+        with self.assertRaisesRegex(errors.Unsupported, 'no hard links'):
+            self.node.hard_link(source, other)
+        self.assertEqual(b'x', self.node.read(source))
+        self.assertFalse(self.node.exists(other))
+
+    def test_second_name_is_of_the_same_file_and_may_be_given_again(self):
+        source, other = self.path('a'), self.path('b')
+        self.node.write(source, b'x')
+        self.node.hard_link(source, other)
+        self.node.hard_link(source, other)
+        self.assertTrue(os.path.samefile(source, other))
 
     def test_clone_of_what_is_absent_is_not_found(self):
         with self.assertRaises(errors.NotFound):

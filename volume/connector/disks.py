@@ -8,6 +8,8 @@ and what one pointed to yesterday is another's today.
 
 from __future__ import annotations
 
+import errno
+import re
 import time
 from collections.abc import Sequence
 
@@ -19,6 +21,11 @@ from volume.node import Op
 FREE_S = 5.0  # until who only looked has closed it
 POLL_S = 0.2
 SECTOR_BYTES = 512
+LOOKER = re.compile(
+    r'((lv|vg|pv)[a-z]*|blkid|udevadm|dmsetup|kpartx|multipath|mdadm) '
+    r'\(pid \d+\)'
+)
+GONE = (errno.ENXIO, errno.ENODEV)  # what an open says of such a device
 
 
 def check_scsi(node: Node, name: str, volume_id: str) -> None:
@@ -85,15 +92,33 @@ def need_free(node: Node, path: str, volume_id: str) -> None:
     late = time.monotonic() + FREE_S
     while users := node.users(path):
         if time.monotonic() > late:
-            raise errors.Busy(
-                f'volume {volume_id} is used here ({path}): '
-                f'{", ".join(users)}; end that first'
-            )
+            raise _used(path, volume_id, users)
         time.sleep(POLL_S)
+
+
+def need_unused(node: Node, path: str, volume_id: str) -> None:
+    """See that nobody uses a device but those that look at each new one.
+
+    :raises Busy: somebody does; the message says who
+    """
+    users = [
+        each for each in node.users(path) if not LOOKER.fullmatch(each)
+    ]
+    if users:
+        raise _used(path, volume_id, users)
+
+
+def _used(path: str, volume_id: str, users: Sequence[str]) -> errors.Busy:
+    return errors.Busy(
+        f'volume {volume_id} is used here ({path}): {", ".join(users)}; end '
+        'that first'
+    )
 
 
 def flush(node: Node, path: str, volume_id: str) -> None:
     """Have written what this host still keeps in memory.
+
+    For a device with nothing behind it any more there is nothing to be done.
 
     :raises Unavailable: it cannot be; nothing was let go of
     """
@@ -103,6 +128,8 @@ def flush(node: Node, path: str, volume_id: str) -> None:
     except errors.NotFound:
         return
     except errors.VolumeError as failed:
+        if getattr(failed.__cause__, 'errno', 0) in GONE:
+            return
         raise errors.Unavailable(
             f'what was written to volume {volume_id} cannot be stored '
             f'({failed}); see to its node, or end its access with "volume '

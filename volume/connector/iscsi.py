@@ -139,7 +139,9 @@ class IscsiConnector(base.Connector):
             if (way.target, way.portal) not in by_portal
         ]
         is_many = len(asked.ways) > 1 and multipath.is_running(self.node)
-        if missing and (is_many or not had):
+        # A session that has died leads nowhere, and says nothing of others.
+        is_reached = any(session.is_up for session in had)
+        if missing and (is_many or not is_reached):
             failed = self._log_in_by(asked, missing, is_many)
         else:
             failed = []
@@ -257,8 +259,10 @@ class IscsiConnector(base.Connector):
         """
         sessions = self._sessions(targets)
         names = self._names(sessions)
-        is_alive = any(session.is_up for session in sessions)
+        alive = self._names([each for each in sessions if each.is_up])
+        joined: set[str] = set()
         for each in multipath.over(self.node, names):
+            joined |= set(each.paths)
             if set(each.paths) - set(names):
                 # Another attachment of the volume goes on by the others.
                 mine = [name for name in each.paths if name in names]
@@ -267,22 +271,25 @@ class IscsiConnector(base.Connector):
                 if is_lost:
                     # Who only looked (LVM, udev) would hang on it, and so
                     # keep it in use.
+                    disks.need_unused(self.node, each.path, volume_id)
                     multipath.fail(self.node, each)
-                self._free(each.path, volume_id, is_alive)
+                self._free(each.path, volume_id, bool(alive))
                 multipath.end(self.node, each)
         for name in names:
-            self._free(f'/dev/{name}', volume_id, is_alive)
-        if is_alive:
-            disks.remove(self.node, names)
+            # What was written to a map was flushed with it, by those of its
+            # paths that work.
+            is_written = name in alive and name not in joined
+            self._free(f'/dev/{name}', volume_id, is_written)
+        disks.remove(self.node, alive)
         for session in sessions:
             open_iscsi.log_out(self.node, session)
         for target in sorted(targets):
             open_iscsi.forget(self.node, target)
 
-    def _free(self, path: str, volume_id: str, is_alive: bool) -> None:
+    def _free(self, path: str, volume_id: str, is_written: bool) -> None:
         disks.need_free(self.node, path, volume_id)
         # What a dead session still has to write goes nowhere.
-        if is_alive:
+        if is_written:
             disks.flush(self.node, path, volume_id)
 
     def _sessions(self, targets: set[str]) -> list[Session]:

@@ -129,7 +129,8 @@ class NvmeConnector(base.Connector):
     def _connect(self, asked: Asked, had: Sequence[Controller]) -> None:
         """Connect by all portals if the kernel joins them, else by one."""
         is_many = nvme_host.has_multipath(self.node)
-        there = {each.portal for each in had}
+        # One that only tries to come back leads nowhere yet.
+        there = {each.portal for each in had if each.is_up}
         if there and not is_many:
             return
         failed: errors.VolumeError | None = None

@@ -96,7 +96,6 @@ class AoeExporter(Exporter):
 
     options: ClassVar[tuple[cfg.Opt, ...]] = OPTIONS
     outlives_service: ClassVar[bool] = True
-    is_shared = True
     abilities: ClassVar[model.Abilities] = model.Abilities(
         auth=('mac',), remote_node=True,
     )
@@ -168,6 +167,10 @@ class AoeExporter(Exporter):
                 self.node.unlink(self._claim_path(address))
         for path in link, self._log(attachment), self._draft(attachment):
             self.node.unlink(path)
+
+    def abandon(self) -> None:
+        for attachment in self.exported():
+            self._end(self._link(attachment))
 
     def exported(self) -> set[str]:
         found = set()

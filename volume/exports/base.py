@@ -115,6 +115,13 @@ class Exporter(abc.ABC):
     def unexport(self, attachment_id: str) -> None:
         """Forbid, end live sessions, and prove that none is left."""
 
+    def abandon(self) -> None:
+        """End at once what serves hosts for this service alone.
+
+        It was fenced: others may have exported the same by now. What is in
+        the kernel is the machine's, and goes when the service starts again.
+        """
+
     @abc.abstractmethod
     def exported(self) -> set[str]:
         """Return the ids of all attachments that are exported now."""

@@ -98,6 +98,14 @@ class ConfigfsExporter(Exporter, Generic[T]):
         """Return how hosts connect, by attachment."""
 
     @abc.abstractmethod
+    def state(self, name: str, volume_id: str) -> list[Op]:
+        """Return what has to be asked to know whether a target works."""
+
+    @abc.abstractmethod
+    def works(self, found: Found) -> bool:
+        """Say whether it lets its host in, and we have made it."""
+
+    @abc.abstractmethod
     def remove(self, name: str, names: Names) -> None:
         """Remove a target; return when no host has anything of it."""
 
@@ -141,7 +149,13 @@ class ConfigfsExporter(Exporter, Generic[T]):
             self.remove_rest()
 
     def exported(self) -> set[str]:
-        return {attachment for _, attachment in self.names().values()}
+        # What is half made lets nobody in: it is to be exported again.
+        names = self.names()
+        known = self.states(names)
+        return {
+            attachment for name, (_, attachment) in names.items()
+            if self.works(known[name])
+        }
 
     # For those that inherit.
 
@@ -166,6 +180,13 @@ class ConfigfsExporter(Exporter, Generic[T]):
             if parts := naming.parts(self.prefix, name):
                 found[name] = parts
         return found
+
+    def states(self, names: Names) -> dict[str, Found]:
+        """Return the answers to ``state`` of each."""
+        return self.ask({
+            name: self.state(name, volume_id)
+            for name, (volume_id, _) in names.items()
+        })
 
     def ask(self, questions: Mapping[str, list[Op]]) -> dict[str, Found]:
         """Return the answers by name, in one round trip or few."""

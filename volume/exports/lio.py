@@ -124,6 +124,16 @@ class LioExporter(ConfigfsExporter[Target]):
             for each in targets
         }
 
+    def state(self, name: str, volume_id: str) -> list[Op]:
+        store = lio_store.name(self.prefix, volume_id)
+        return [
+            Op.get(f'{group(name)}/enable'), alias_question(name, store),
+        ]
+
+    def works(self, found: Found) -> bool:
+        enabled, alias = found
+        return enabled == '1' and alias == lio_store.ALIAS
+
     def remove(self, name: str, names: Names) -> None:
         """Remove a target, and the backstore after the volume's last one."""
         volume_id, attachment_id = names[name]
@@ -157,15 +167,8 @@ class LioExporter(ConfigfsExporter[Target]):
 
     def remove_restored(self) -> None:
         names = self.names()
-        known = self.ask({
-            name: [
-                Op.get(f'{group(name)}/enable'),
-                alias_question(name, lio_store.name(self.prefix, volume_id)),
-            ]
-            for name, (volume_id, _) in names.items()
-        })
-        for name, (enabled, alias) in known.items():
-            if enabled == '1' and alias != lio_store.ALIAS:
+        for name, found in self.states(names).items():
+            if found[0] == '1' and not self.works(found):
                 LOG.warning('%s was not made by this service: removed', name)
                 self.remove(name, names)
         for path in lio_store.restored(self.node, self.prefix):

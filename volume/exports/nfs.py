@@ -244,12 +244,12 @@ class NfsExporter(Exporter):
                 'the attachment first'
             )
         link = os.path.join(directory, name)
-        self.node.link(path, link)
+        self.node.hard_link(path, link)
         one, two = self._identities(path, link)
         if one != two:
             # The volume was reverted, which put another file in its place.
             self.node.unlink(link)
-            self.node.link(path, link)
+            self.node.hard_link(path, link)
 
     def _clear(self, directory: str) -> None:
         """Remove a directory that is exported no more."""

@@ -122,13 +122,17 @@ class NvmetExporter(ConfigfsExporter[Subsystem]):
         self, targets: Sequence[Subsystem], known: Mapping[str, Found]
     ) -> None:
         ports = nvmet_ports.ready(self.node, self._portals())
+        ops = [
+            op for each in targets
+            for op in (*each.make(known[each.name][0]), *each.reach(ports))
+        ]
         with self._hosts:
-            self.node.configure([
-                op for each in targets
-                for op in (
-                    *each.make(known[each.name][0]), *each.reach(ports),
-                )
-            ])
+            try:
+                self.node.configure(ops)
+            except errors.NotFound:
+                # Another service of the node has let go of a host's entry
+                # just before it was admitted here; all of it may be repeated.
+                self.node.configure(ops)
 
     def renew(
         self, targets: Sequence[Subsystem], known: Mapping[str, Found]
@@ -150,6 +154,15 @@ class NvmetExporter(ConfigfsExporter[Subsystem]):
             for each in targets
         }
 
+    def state(self, name: str, volume_id: str) -> list[Op]:
+        return [
+            *mark_questions(name),
+            Op.list(f'{SUBSYSTEMS}/{name}/allowed_hosts'),
+        ]
+
+    def works(self, found: Found) -> bool:
+        return is_enabled(found) and is_marked(found) and bool(found[-1])
+
     def remove(self, name: str, names: Names) -> None:
         ports = nvmet_ports.numbers(self.node)
         hosts = admitted(self.node, name)
@@ -161,8 +174,7 @@ class NvmetExporter(ConfigfsExporter[Subsystem]):
 
     def remove_restored(self) -> None:
         names = self.names()
-        known = self.ask({name: mark_questions(name) for name in names})
-        for name, found in known.items():
+        for name, found in self.states(names).items():
             if is_enabled(found) and not is_marked(found):
                 LOG.warning('%s was not made by this service: removed', name)
                 self.remove(name, names)

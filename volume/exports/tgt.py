@@ -118,6 +118,9 @@ class TgtExporter(Exporter):
             attachment, self._known(attachment).get(attachment, [])
         )
 
+    def abandon(self) -> None:
+        self._daemon.stop()
+
     def exported(self) -> set[str]:
         return {
             attachment for attachment, targets in self._known().items()

@@ -363,7 +363,8 @@ def _known_secrets(
     ).all())
     for attachment_id, text in sealed:
         try:
-            opened = _vault(job).open(attachment_id, text or '')
+            # None were wanted when it was made.
+            opened = _vault(job).open(attachment_id, text) if text else {}
         except errors.VolumeError as failed:
             found[attachment_id] = failed
         else:

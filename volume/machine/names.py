@@ -184,7 +184,10 @@ def point(path: str, target: str) -> None:
 
 
 def link(path: str, draft: str) -> None:
-    """Give ``draft`` another name, unless something has it already."""
+    """Give ``draft`` its name, unless something has it already.
+
+    It may lose its own: for what nobody uses yet.
+    """
     try:
         os.link(draft, path)
     except (FileExistsError, FileNotFoundError):
@@ -194,6 +197,20 @@ def link(path: str, draft: str) -> None:
             raise
         if not exists(path):
             os.rename(draft, path)
+
+
+def hard_link(path: str, source: str) -> None:
+    """Give a file that is in use a second name, unless something has it."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        return
+    except OSError as failed:
+        if failed.errno not in NO_LINKS:
+            raise
+        raise errors.Unsupported(
+            f'{os.path.dirname(path)} has no hard links: {failed.strerror}'
+        ) from failed
 
 
 def clone(path: str, source: str) -> None:

@@ -50,7 +50,8 @@ BY_NAME: Mapping[str, Callable[..., Any]] = {
         names.about, names.exists, names.is_file, names.is_block, names.size,
         names.allocated, names.space, names.list_, names.older, names.mkdir,
         names.read, names.write, names.rename, names.unlink, names.readlink,
-        names.point, names.link, names.clone, qemulocks.probe, users.users,
+        names.point, names.link, names.hard_link, names.clone,
+        qemulocks.probe, users.users,
     )
 }
 """What is asked by a path; the agent does nothing else by a name."""
