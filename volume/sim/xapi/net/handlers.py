@@ -12,6 +12,7 @@ import base64
 import binascii
 import contextlib
 import http.cookies
+import logging
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ from volume.sim.xapi.state.tasks import value
 
 if TYPE_CHECKING:
     from volume.sim.xapi.pool import Pool
+
+LOG = logging.getLogger(__name__)
 
 ROLE = 'vm-admin'
 FORMATS = {
@@ -147,7 +150,8 @@ class _Request:
         except Failure as failure:
             tasks.fail(task, failure)
             raise Answer(500) from None
-        except (errors.VolumeError, OSError):
+        except (errors.VolumeError, OSError) as failed:
+            LOG.warning('%s: %s', self.name, failed)
             tasks.fail(task, _io_error())
             raise Answer(500) from None
         except Hangup:
