@@ -313,6 +313,16 @@ class Notes(unittest.TestCase):
         self.lamp.is_on = False
         self.assertEqual([(ATTACHMENT, 'gone', '/dev/lamp')], self.notes())
 
+    def test_of_what_is_there_only_some_protocols_know_that_it_is_dead(self):
+        self.kept.attach(self.connection, ATTACHMENT)
+        note, = self.kept.notes()
+        self.assertTrue(self.kept.may_be_dead(note))
+        self.lamp.knows_the_dead = True
+        self.assertFalse(self.kept.may_be_dead(note))
+        self.lamp.is_on = False
+        gone, = self.kept.notes()
+        self.assertTrue(self.kept.may_be_dead(gone))
+
     def test_a_note_in_pieces_is_said(self):
         self.kept.attach(self.connection, ATTACHMENT)
         self.node.write(os.path.join(

@@ -304,7 +304,7 @@ def clean(session: Session, args: argparse.Namespace) -> int:
                 functools.partial(kept.reap, stray),
             )
     for note in notes.values():
-        if note.state != 'attached' and not (
+        if _is_over(args, kept, note) and not (
             note.attachment_id in others or note.attachment_id in strays
         ) and not _is_known(session, args, note.attachment_id):
             left += _clean_one(
@@ -314,6 +314,16 @@ def clean(session: Session, args: argparse.Namespace) -> int:
                 ),
             )
     return 1 if left else 0
+
+
+def _is_over(args: argparse.Namespace, kept: Kept, note: Note) -> bool:
+    """Say whether a note is of what is over, if the service says so too."""
+    if args.offline:  # nobody will say it
+        return note.state != 'attached'
+    try:
+        return kept.may_be_dead(note)
+    except errors.Unsupported:
+        return False
 
 
 COLUMNS = (

@@ -37,6 +37,9 @@ class Connector(abc.ABC):
 
     protocol: ClassVar[str]
     leaves_traces: ClassVar[bool] = False
+    knows_the_dead: ClassVar[bool] = False
+    """Whether ``strays`` tells what is served no more. For a protocol that
+    cannot, only the service knows that an access has ended."""
 
     @abc.abstractmethod
     def __init__(self, node: Node) -> None:

@@ -44,6 +44,7 @@ class IscsiConnector(base.Connector):
 
     protocol: ClassVar[str] = 'iscsi'
     leaves_traces: ClassVar[bool] = True
+    knows_the_dead: ClassVar[bool] = True
 
     def __init__(self, node: Node, iface: str = 'default') -> None:
         self.node = node

@@ -128,6 +128,15 @@ class Kept:
         self._find(stray.protocol).reap(stray)
         self._forget(stray.attachment_id)
 
+    def may_be_dead(self, note: Note) -> bool:
+        """Say whether what is noted may be served no more.
+
+        :raises Unsupported: this host has no connector for it
+        """
+        if note.state != ATTACHED:
+            return True
+        return not self._find(note.connection.protocol).knows_the_dead
+
     def _is_there(self, note: Note) -> bool:
         try:
             connector = self._find(note.connection.protocol)

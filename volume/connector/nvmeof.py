@@ -46,6 +46,7 @@ class NvmeConnector(base.Connector):
 
     protocol: ClassVar[str] = PROTOCOL
     leaves_traces: ClassVar[bool] = True
+    knows_the_dead: ClassVar[bool] = True
 
     def __init__(self, node: Node, who: Identity | None = None) -> None:
         self.node = node
