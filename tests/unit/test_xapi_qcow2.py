@@ -9,6 +9,8 @@ import random
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
 import unittest
 
 from tests.integration import hostile_case
@@ -21,6 +23,7 @@ from volume.sim.xapi.disk import qcow2_disk
 from volume.sim.xapi.sm.taps import Taps
 
 SIZE = 3 * MIB
+CLOSES_S = 0.2
 IDS = [f'{number:08x}-0000-4000-8000-000000000000' for number in range(9)]
 
 
@@ -54,6 +57,27 @@ class Qcow2s(unittest.TestCase):
         subprocess.run(
             ['qemu-img', 'compare', '-q', '-f', 'raw', '-F', 'qcow2', raw,
              self.chains.node(uuid).path], check=True, timeout=60)
+
+    def test_who_comes_as_the_last_one_leaves_opens_it(self) -> None:
+        closing = threading.Event()
+
+        class Slow(disks.Passed):
+            def close(self) -> None:
+                closing.set()
+                time.sleep(CLOSES_S)
+                super().close()
+
+        self.chains.create(IDS[0], SIZE, 'qcow2')
+        taps = Taps(lambda uuid, writable: Slow(
+            self.chains.open_disk(uuid, writable)))
+        leaving = threading.Thread(target=taps.open(IDS[0], False).close)
+        leaving.start()
+        closing.wait()
+        with taps.open(IDS[0], True) as tap:
+            self.write(tap)
+        leaving.join()
+        self.assertEqual([], taps.opened())
+        self.is_true(IDS[0], self.model)
 
     def test_a_chain_is_split_and_merged_under_its_user(self) -> None:
         disk, base, snapshot, base2, snapshot2 = IDS[:5]

@@ -137,10 +137,11 @@ class Taps:
                     return
                 shared.taps.remove(tap)
                 is_last = not shared.taps
-                if is_last and self._shared.get(shared.uuid) is shared:
-                    del self._shared[shared.uuid]
             if is_last:
+                # Who comes meanwhile waits for this one's lock, and so until
+                # the files are closed: some formats are opened by one only.
                 shared.pause()
+                self._forget(shared)
 
     def tell(self, uuid: str, offset: int, length: int) -> None:
         """Tell the listeners what was written, before anyone may read it."""
