@@ -5,6 +5,8 @@ A path is lost as in a network that drops packets: nobody is told. What is
 written meanwhile is read back and compared by fio, block by block.
 """
 
+import re
+
 from tests import lab
 from tests.lab import case
 from tests.lab import hosts
@@ -106,8 +108,8 @@ class Paths(LabService):
 
     def count(self, joined):
         """Return the number of paths that work."""
-        return self.guest.run(
-            'multipath', '-ll', joined).count(' active ready running')
+        said = self.guest.run('multipath', '-ll', joined)
+        return len(re.findall(' active +ready +running', said))
 
     def is_written(self, joined):
         return self.writes(
