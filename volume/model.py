@@ -84,7 +84,9 @@ class Found:
     it; ``None`` if it is foreign. ``snapshot_of`` is the id of the volume
     whose snapshot this is. ``sidecar`` carries what stands beside the
     volume to rebuild a lost database from (no secrets). ``hosts`` are those
-    that were let in, where the storage keeps that itself.
+    that were let in, where the storage keeps that itself. ``is_torn`` says
+    that a revert of the volume was begun and has not ended: what it holds
+    may be a mixture, and another revert makes it whole.
     """
 
     handle: str
@@ -93,6 +95,7 @@ class Found:
     snapshot_of: str | None = None
     sidecar: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hosts: tuple[Host, ...] = ()
+    is_torn: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

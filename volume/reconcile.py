@@ -478,6 +478,9 @@ def _adopt(
         if note.get('filled') == 'no':
             common['status'] = 'error'
             common['reason'] = 'it was being filled when its row was lost'
+        elif found.is_torn:
+            common['status'] = 'error_reverting'
+            common['reason'] = 'it was being reverted when its row was lost'
         session.merge(models.Volume(
             **common, claimed_bytes=found.size_bytes, lease_shared=0,
             launched_at=now, deleted_at=None,

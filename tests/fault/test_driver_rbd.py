@@ -21,6 +21,7 @@ PROOF = bool(os.environ.get('VOLUME_PROOF'))
 CHOSEN = (
     'test_adopt', 'test_clone_of_a_volume', 'test_create',
     'test_delete_of_a_clone_s_origin', 'test_delete_snapshot', 'test_revert',
+    'test_revert_that_died_is_whole_or_says_that_it_is_not',
 )
 
 

@@ -7,6 +7,9 @@ A host is a process of its own, with a client of its own.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
+import errno
 import json
 import subprocess
 import unittest
@@ -94,6 +97,47 @@ class FenceTest(Case):
         self.assertEqual('h', other.ask('read', 0))
         self.assertEqual('written', other.ask('write', 0, 'o'))
         self.assertEqual(BLOCKED, host.ask('read', 0))
+
+    def block_s(self, before: set[str]) -> float:
+        """Return how long the new block will last."""
+        found = self.cluster.ceph('osd', 'dump')['blocklist']
+        new, = set(found) - before
+        end = datetime.datetime.fromisoformat(found[new])
+        return (end - datetime.datetime.now(datetime.UTC)).total_seconds()
+
+    def test_block_lasts_as_long_as_a_host_may_be_away(self) -> None:
+        volume = self.volume()
+        self.driver.grant(volume, A, WRITE)
+        self.assertEqual('written', self.open(volume).ask('write', 0, 'h'))
+        before = self.blocked()
+        self.driver.revoke(volume, A)
+        self.assertGreater(self.block_s(before), 4 * 365 * 86400)
+
+    def test_lock_that_librbd_breaks_is_blocked_as_long(self) -> None:
+        volume = self.volume()
+        self.assertEqual('written', self.open(volume).ask('write', 0, 'h'))
+        before = self.blocked()
+        fence_of = self.driver._parts().fence
+        name = f'volume-{volume.id}'
+        fence_of._end_locks(
+            volume, name, fence_of._clients(self.pool, name))
+        self.assertGreater(self.block_s(before), 4 * 365 * 86400)
+
+    def test_short_block_of_somebody_else_is_not_taken_for_ours(self) -> None:
+        volume = self.volume()
+        self.driver.grant(volume, A, WRITE)
+        host = self.open(volume)
+        self.assertEqual('written', host.ask('write', 0, 'h'))
+        client, = self.driver._parts().fence._clients(
+            self.pool, f'volume-{volume.id}')
+        self.cluster.run('ceph', 'osd', 'blocklist', 'add', client.address)
+        with self.assertRaisesRegex(errors.Busy, 'blocklist rm'):
+            self.driver.revoke(volume, A)
+        self.cluster.run('ceph', 'osd', 'blocklist', 'rm', client.address)
+        before = self.blocked()
+        self.driver.revoke(volume, A)
+        self.assertGreater(self.block_s(before), 4 * 365 * 86400)
+        self.assertEqual(BLOCKED, host.ask('write', 0, 'x'))
 
     def test_session_that_only_reads_is_ended_too(self) -> None:
         volume = self.volume()
@@ -185,6 +229,34 @@ class FenceTest(Case):
         # A client of its own (noshare) is ended.
         driver.revoke(volume, A)
         self.assertEqual(BLOCKED, seen.ask('write', 0, 'm'))
+
+    def test_image_that_vanishes_meanwhile_ends_no_revoke(self) -> None:
+        other, volume = self.volume(), self.volume()
+        driver = self.make(KernelWire)
+        driver.grant(volume, A, WRITE)
+        host = self.open(volume)
+        self.assertEqual('written', host.ask('write', 0, 'h'))
+        link = driver._parts().link
+        header = link.header(self.pool, f'volume-{other.id}')
+        # It is listed still.
+        link.do('break', lambda wire: wire.ioctx(
+            self.pool).remove_object(f'rbd_header.{header}'))
+        driver.revoke(volume, A)
+        self.assertEqual(BLOCKED, host.ask('write', 0, 'x'))
+
+    def test_revoke_that_misses_something_has_not_ended(self) -> None:
+        class Missing(Wire):
+            def block(self, address: str) -> None:
+                raise self.rados.ObjectNotFound('somewhere', errno.ENOENT)
+
+        volume = self.volume()
+        self.driver.grant(volume, A, WRITE)
+        host = self.open(volume)
+        self.assertEqual('written', host.ask('write', 0, 'h'))
+        with self.assertRaisesRegex(errors.Unknown, 'may have volume'):
+            self.make(Missing).revoke(volume, A)
+        self.driver.revoke(volume, A)
+        self.assertEqual(BLOCKED, host.ask('write', 0, 'x'))
 
     def seen_twice(
         self, driver: Any, volume: model.Volume, other: model.Volume
@@ -337,6 +409,18 @@ class ConnectorTest(Case):
         self.driver.delete(volume)
         with self.assertRaises(errors.NotFound):
             self.connector.attach(connection)
+
+    def test_image_that_the_host_may_not_open_is_denied(self) -> None:
+        volume = self.volume()
+        connection = self.driver.grant(volume, A, WRITE)
+        self.cluster.user(
+            'stranger', 'mon', 'profile rbd', 'osd',
+            f'profile rbd pool={self.pool_names[1]}')
+        with self.assertRaisesRegex(errors.Denied, 'key of this host'):
+            self.connector.attach(dataclasses.replace(
+                connection, fields={
+                    **connection.fields, 'auth_username': 'stranger',
+                }))
 
     def test_connection_of_another_protocol_is_refused(self) -> None:
         for connection in (

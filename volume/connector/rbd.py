@@ -26,13 +26,18 @@ OPEN_S = 60.0
 NAME = re.compile(r'([^/@]+)/([^/@]+)')
 ADDRESSES_MAX = 16
 
-# What qemu-img says, and what it means to our caller; first match.
+# What qemu-img says, and what it means to our caller; first match. The same
+# words come before every failure, which stands at the end.
 MEANING: tuple[tuple[str, type[errors.VolumeError], str], ...] = (
-    ('Unknown driver', errors.Unavailable,
+    (r'Unknown driver', errors.Unavailable,
      'QEMU has no block driver for it here: install qemu-block-extra'),
-    ('error reading header', errors.NotFound, 'there is no such image'),
-    ('error opening pool', errors.NotFound, 'there is no such pool'),
-    ('error connecting', errors.Unavailable,
+    (r'error reading header from .*: No such file or directory$',
+     errors.NotFound, 'there is no such image'),
+    (r'error opening pool .*: No such file or directory$',
+     errors.NotFound, 'there is no such pool'),
+    (r'error (reading header|opening pool) .*: Operation not permitted$',
+     errors.Denied, 'the key of this host may not open it'),
+    (r'error connecting', errors.Unavailable,
      'the cluster does not answer, or refuses the key of this host'),
 )
 
@@ -62,7 +67,7 @@ class RbdConnector(Connector):
                 'qemu-img', 'info', '--output=json', url, timeout_s=OPEN_S)
         except CommandFailed as failed:
             for words, kind, said in MEANING:
-                if words in str(failed):
+                if re.search(words, failed.stderr, re.MULTILINE):
                     raise kind(f'image {name}: {said}') from failed
             raise errors.Unavailable(
                 f'image {name} cannot be opened: {failed!s:.500}'

@@ -262,6 +262,10 @@ class Revert(abc.ABC):
         The handle may be new. The volume keeps its size: what is beyond the
         snapshot reads as zeros. Every snapshot stays.
 
+        One that fails, or dies, leaves the volume as it was or as it is to
+        be. Where it can leave a mixture, ``inspect`` says ``is_torn`` from
+        before the first byte changes until a call has come to its end.
+
         :raises Busy: a host uses the volume
         """
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from sqlalchemy.orm import Session
 
 from volume import errors
@@ -69,9 +71,18 @@ def revert(job: Job) -> Effect:
 
 
 def _not_reverted(job: Job, error: errors.VolumeError) -> Effect:
-    # A native revert happens whole or not at all; a copy that failed leaves
-    # a mixture, and the volume is not to be used before it is reverted.
-    status = 'available' if job.args['native'] else 'error_reverting'
+    """Believe the storage: only it knows whether the volume is a mixture.
+
+    A copy that failed leaves one, and a native revert may. So a volume is
+    not to be used before it is reverted, unless the storage says that it is
+    whole; what was a mixture before a revert that never began stays one.
+    """
+    status = 'error_reverting'
+    if job.args['native']:
+        with contextlib.suppress(errors.VolumeError):
+            found = job.backend.call('inspect', job.volume())
+            if not found.is_torn:
+                status = job.args.get('status', 'available')
     return rows.volume(
         job, status=status, reason=f'it was not reverted: {error}'
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -213,6 +214,46 @@ class DriverFaultSuite(workbench.Case):
         self.spoil(
             self.two_snapshots, lambda d: d.revert(self.snapshots[0])
         )
+
+    def test_revert_that_died_is_whole_or_says_that_it_is_not(self) -> None:
+        self.need(base.Revert, base.Snapshots)
+        grows = 'Resize' in self.pool.features
+        volume = self.larger if grows else self.volume
+        snapshot = model.Snapshot(
+            ids.new(), dataclasses.replace(volume, size_bytes=self.size),
+            self.size)
+        before = pattern(3, volume.size_bytes)
+        after = pattern(1, self.size).ljust(volume.size_bytes, b'\0')
+
+        def play(fault: faults.Fault | None) -> list[str]:
+            driver: Any = self.start()
+            driver.create(snapshot.volume)
+            self.fill(driver, snapshot.volume, 1)
+            driver.snapshot(snapshot)
+            if grows:
+                driver.resize(volume, volume.size_bytes)
+            fill(driver, volume, before)
+            node = self.make_node()
+            driver = self.make_driver(node)
+            driver.check()
+            node.arm(fault)
+            with contextlib.suppress(faults.Crash):
+                driver.revert(snapshot)
+            driver = self.start()
+            is_torn = driver.inspect(volume).is_torn
+            self.assertFalse(is_torn and fault is None, 'it has ended')
+            if not is_torn:
+                self.assertTrue(
+                    workbench.content(driver, volume) in (
+                        (before, after) if fault else (after,)),
+                    f'{fault}: the volume is neither as before nor reverted')
+            driver.delete_snapshot(snapshot)
+            self.clear(f'{fault}')
+            return node.trace
+
+        for nth, act in enumerate(play(None), 1):
+            if not act.startswith(QUESTIONS):
+                play(faults.Fault('crash', nth, is_late=True))
 
     def test_snapshot(self) -> None:
         self.need(base.Snapshots)

@@ -110,13 +110,14 @@ def connect(
     :raises Unavailable: the storage does not answer
     """
     properties = checks.connector(connector)
+    host = properties['host']
     _check_mode(mode)
 
     def accept(
         session: Session,
     ) -> tuple[models.Job | None, models.Volume, models.Attachment | None]:
         row, there = access.with_attachments(session, caller, volume_id)
-        mine = access.mine(there, properties['host'], attachment_id)
+        mine = access.mine(there, host, attachment_id)
         if attachment_id and mine is None:
             raise errors.NotFound(
                 f'attachment {attachment_id} could not be found'
@@ -126,9 +127,7 @@ def connect(
         ):
             return None, row, mine
         access.need_room(row, there, mine)
-        way = access.way(
-            session, row, there, mine, mode, properties['host']
-        )
+        way = access.way(session, row, there, mine, mode, host)
         job_id = ids.new()
         # What a host can reach is not available to anybody else's verb.
         status = 'attaching' if row.status == 'available' else row.status

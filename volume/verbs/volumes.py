@@ -27,6 +27,7 @@ DELETABLE = frozenset({
     'available', 'error', 'error_extending', 'error_managing',
     'error_reverting', 'error_flattening',
 })
+REVERTABLE = frozenset({'available', 'error_reverting'})
 FORCE_DELETABLE = DELETABLE | {
     'error_deleting', 'creating', 'downloading', 'deleting', 'extending',
     'reverting', 'managing', 'attaching', 'detaching', 'reserved',
@@ -262,6 +263,8 @@ def revert(
 ) -> None:
     """Accept that a detached volume goes back to one of its snapshots.
 
+    One whose last revert broke off does so again, or to another.
+
     :raises Invalid: it is attached, or the snapshot is another volume's
     """
 
@@ -275,9 +278,12 @@ def revert(
                 f'snapshot {snapshot.id} is of volume {snapshot.volume_id}, '
                 f'not of {row.id}'
             )
-        job_id = ids.new()
+        if row.status not in REVERTABLE:
+            rows.refuse(row, REVERTABLE, 'be reverted')
+        job_id, status = ids.new(), row.status
+        # Exactly this one, for it comes back if the revert never begins.
         rows.take(
-            session, row, job_id, {'available'}, 'be reverted',
+            session, row, job_id, {status}, 'be reverted',
             status='reverting', reason='', updated_at=core.db.clock(),
         )
         rows.share(session, snapshot, {'available'}, 'be reverted to')
@@ -286,7 +292,10 @@ def revert(
             volume_id=row.id, snapshot_id=snapshot.id,
             exclusive=[f'volume-{row.id}'],
             shared=[f'snapshot-{snapshot.id}'],
-            args={'native': 'Revert' in rows.pool(session, row).features},
+            args={
+                'native': 'Revert' in rows.pool(session, row).features,
+                'status': status,
+            },
         ), row, snapshot
 
     core.hint(*core.when_free(lambda: core.db.write(accept)))

@@ -76,8 +76,10 @@ class Copies:
     def revert(self, snapshot: model.Snapshot) -> str:
         """Roll the image back, which copies what differs.
 
-        A rollback gives the image the snapshot's size. What it had stands
-        in its metadata meanwhile, so that a repeated call gives it back.
+        While it lasts the image is a mixture, and a rollback gives it the
+        snapshot's size. So there stands in its metadata, from before the
+        first byte until after the last, what size it had: that it is torn,
+        and what a repeated call gives it back.
         """
         volume, name = snapshot.volume, names.snapshot(snapshot)
         image_name = names.image(volume)
@@ -89,18 +91,20 @@ class Copies:
                 )
             images.need_unused(image, 'revert')
             notes, size_bytes = image.notes(), image.size()
-        size_bytes = max(size_bytes, int(notes.get(names.REVERT, 0)))
+        size_bytes = max(
+            size_bytes, volume.size_bytes,
+            images.noted_bytes(notes.get(names.REVERT, '')),
+        )
         self.tending.release(volume.pool, image_name)
         with self.link.image(
             volume.pool, image_name, is_read_only=False
         ) as image:
-            if there[name] != size_bytes:
-                image.note(names.REVERT, str(size_bytes))
+            image.note(names.REVERT, str(size_bytes))
             image.do('rollback', lambda raw: raw.rollback_to_snap(name))
             if there[name] != size_bytes:
                 image.do('resize', lambda raw: raw.resize(
                     size_bytes, allow_shrink=False))
-                image.forget(names.REVERT)
+            image.forget(names.REVERT)
         return image_name
 
     def flatten(

@@ -15,24 +15,28 @@ client that has other volumes open as well: it would lose them, too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import functools
 import ipaddress
-import json
+import logging
 import time
 from collections.abc import Callable, Collection
 
 from volume import errors
 from volume import model
+from volume.drivers.rbd import guests
 from volume.drivers.rbd import names
-from volume.drivers.rbd.images import hosts
 from volume.drivers.rbd.images import Images
 from volume.drivers.rbd.link import Link
+from volume.drivers.rbd.wire import BLOCK_S
 from volume.drivers.rbd.wire import Wire
 
-# An address is never used again, so this need not end soon; it must not end
-# while a host may still have the image open.
-BLOCK_S = 5 * 365 * 86400
+LOG = logging.getLogger(__name__)
+
+# As long as a host may be away with the image open.
+LEAST = datetime.timedelta(seconds=BLOCK_S / 2)
 ROUNDS = 5
 END_S = 30.0
 POLL_S = 0.05
@@ -116,10 +120,7 @@ class Fence:
             )
         name = names.image(volume)
         monitors = self.link.ask('mons', _monitors)
-        value = json.dumps({
-            'name': host.name, 'addresses': _addresses(host),
-            'access': access.value,
-        }, sort_keys=True)
+        value = guests.entry(host, _addresses(host), access.value)
         with self.link.image(
             volume.pool, name, is_read_only=False
         ) as image:
@@ -140,41 +141,64 @@ class Fence:
     def revoke(self, volume: model.Volume, host: model.Host) -> None:
         name = names.image(volume)
         try:
-            for _ in range(ROUNDS):
-                clients = self._clients_of(volume, name, host)
-                if not clients:
-                    break
-                for client in clients:
-                    self._refuse_shared(client, volume, name)
-                for client in clients:
-                    self.link.do('block', functools.partial(_block, client))
-                self._reach_all(volume.pool)
-                self._end_locks(volume, name, clients)
-                self._await_end(volume, name, clients)
-            else:
-                raise errors.Busy(
-                    f'host {host.name} opens volume {volume.id} again and '
-                    'again: end that there first'
-                )
-            with self.link.image(
-                volume.pool, name, is_read_only=False
-            ) as image:
-                image.forget(names.host(host.name))
-        except errors.NotFound:
-            return  # with its volume
+            self._revoke(volume, name, host)
+        except errors.NotFound as missing:
+            # Something is not there; only with the image itself all is done.
+            with contextlib.suppress(errors.NotFound), self.link.image(
+                volume.pool, name
+            ):
+                raise errors.Unknown(
+                    f'host {host.name} may have volume {volume.id} open: '
+                    f'{missing}'
+                ) from missing
 
     # Ours alone.
+
+    def _revoke(
+        self, volume: model.Volume, name: str, host: model.Host
+    ) -> None:
+        for _ in range(ROUNDS):
+            clients = self._clients_of(volume, name, host)
+            if not clients:
+                break
+            self._refuse_shared(clients, volume, name)
+            for client in clients:
+                self.link.do('block', functools.partial(_block, client))
+            self._reach_all(volume.pool)
+            self._end_locks(volume, name, clients)
+            self._await_end(volume, name, clients)
+        else:
+            raise errors.Busy(
+                f'host {host.name} opens volume {volume.id} again and '
+                'again: end that there first'
+            )
+        with self.link.image(
+            volume.pool, name, is_read_only=False
+        ) as image:
+            image.forget(names.host(host.name))
 
     def _clients_of(
         self, volume: model.Volume, name: str, host: model.Host
     ) -> list[Client]:
         with self.link.image(volume.pool, name) as image:
-            notes = image.notes()
-        known = {each.name: each.addresses for each in hosts(notes)}
+            found = guests.read(image.notes())
+        known = {each.name: each.addresses for each in found.hosts}
         own = known.pop(host.name, ())
+        # An entry that nobody can read is another host's, unless its key is
+        # this one's. To leave it out could cut off a host that may stay; to
+        # count it can only refuse, as any host can have it by inventing one.
+        strangers = [
+            key for key in found.unreadable if key != names.host(host.name)
+        ]
+        for key in strangers:
+            LOG.warning(
+                'image %s of pool %s: what its metadata has of %s is broken; '
+                'if no host has it open, run: rbd image-meta remove %s/%s %s',
+                name, volume.pool, key, volume.pool, name, key,
+            )
         return whose(
             self._clients(volume.pool, name), {*own, *_addresses(host)},
-            list(known.values()),
+            [*known.values(), *(() for _ in strangers)],
         )
 
     def _clients(self, pool: str, name: str) -> list[Client]:
@@ -203,29 +227,36 @@ class Fence:
         return [found[address] for address in sorted(found)]
 
     def _refuse_shared(
-        self, client: Client, volume: model.Volume, name: str
+        self, clients: Collection[Client], volume: model.Volume, name: str
     ) -> None:
-        """Refuse to block a client that other volumes need.
+        """Refuse to block clients that other volumes need.
 
         The kernel has one client for all images that are mapped alike
         (without "noshare"); QEMU has one for each.
 
-        :raises Busy: it has another volume open
+        :raises Busy: one has another volume open
         """
-        if not client.is_kernel:
+        kernels = {each.address for each in clients if each.is_kernel}
+        if not kernels:
             return
         for pool in self.link.settings.pools:
-            for found in self.images.scan(pool):
-                if found.id in (None, volume.id) or found.snapshot_of:
+            for other in self.images.listed(pool):
+                if (pool, other) == (volume.pool, name) or (
+                    names.volume_id(other) is None
+                ):
                     continue
-                there = self._clients(pool, found.handle)
-                if client.address in [each.address for each in there]:
-                    raise errors.Busy(
-                        f'the kernel of {client.address} has volume '
-                        f'{volume.id} open by the same client as volume '
-                        f'{found.id}: unmap it there, or block the client '
-                        'by hand when both may end'
-                    )
+                try:
+                    there = self._clients(pool, other)
+                except (errors.NotFound, errors.Corrupt):
+                    continue  # it is gone, or of no use to anybody
+                for each in there:
+                    if each.address in kernels:
+                        raise errors.Busy(
+                            f'the kernel of {each.address} has volume '
+                            f'{volume.id} open by the same client as image '
+                            f'{other} of pool {pool}: unmap it there, or '
+                            'block the client by hand when both may end'
+                        )
 
     def _reach_all(self, pool: str) -> None:
         """Let every OSD hear of the block before anything else is done.
@@ -296,7 +327,20 @@ def _addresses(host: model.Host) -> list[str]:
 
 
 def _block(client: Client, wire: Wire) -> None:
-    wire.block(client.address, BLOCK_S)
+    """Block a client, for long.
+
+    :raises Busy: somebody has blocked it before, for a short time only
+    """
+    wire.block(client.address)
+    # Ceph keeps the first block of a client, however short.
+    until = wire.blocked_until(client.address)
+    least = datetime.datetime.now(datetime.UTC) + LEAST
+    if until is None or until < least:
+        raise errors.Busy(
+            f'client {client.address} is blocked until {until} only, by '
+            'somebody else, and that cannot be changed: take it away (ceph '
+            f'osd blocklist rm {client.address}), and detach again'
+        )
 
 
 def _monitors(wire: Wire) -> list[tuple[str, str]]:

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 from volume import errors
 from volume import model
+from volume.drivers.rbd import guests
+from volume.drivers.rbd import headers
 from volume.drivers.rbd import names
 from volume.drivers.rbd.keys import Keys
 from volume.drivers.rbd.link import Image
 from volume.drivers.rbd.link import is_signed
 from volume.drivers.rbd.link import Link
 from volume.drivers.rbd.wire import Wire
+
+LOG = logging.getLogger(__name__)
 
 MAX_BYTES = 256 << 40  # more objects than this have maps that are too large
 # How long the watch of a client outlives it, and a little more.
@@ -42,6 +47,14 @@ def check_size(size_bytes: int, what: str) -> None:
         )
 
 
+def noted_bytes(text: str) -> int:
+    """Return a size that stands in the metadata; none if no image has it."""
+    if not re.fullmatch('[0-9]{1,20}', text):
+        return 0
+    size_bytes = int(text)
+    return size_bytes if size_bytes <= MAX_BYTES else 0
+
+
 def need_unused(
     image: Image, verb: str, stale_s: float = STALE_S
 ) -> None:
@@ -54,11 +67,11 @@ def need_unused(
     """
     deadline = time.monotonic() + stale_s
     while watchers := image.watchers():
-        known = hosts(image.notes())
+        known = guests.read(image.notes())
         if known or time.monotonic() >= deadline:
-            who = f'host {known[0].name}' if known else watchers[0]['addr']
             raise errors.Busy(
-                f'cannot {verb} {image.what}: {who} has it open'
+                f'cannot {verb} {image.what}: '
+                f'{known or watchers[0]["addr"]} has it open'
             )
         time.sleep(POLL_S)
 
@@ -100,21 +113,23 @@ class Images:
             )
         return _found(name, size_bytes, notes)
 
-    def scan(self, pool: str) -> Iterator[model.Found]:
-        listed = self.link.ask('list', lambda wire: sorted(
+    def listed(self, pool: str) -> list[str]:
+        """Return the names of all images of a pool, ours or not."""
+        return self.link.ask('list', lambda wire: sorted(
             each['name'] for each in
             wire.rbd.RBD().list2(wire.ioctx(pool))
         ))
-        for name in listed:
+
+    def scan(self, pool: str) -> Iterator[model.Found]:
+        for name in self.listed(pool):
             try:
                 with self.link.image(pool, name) as image:
                     size, notes = image.size(), image.notes()
                     snapshots = image.snapshots()
             except errors.NotFound:
                 continue  # deleted since we listed it, or never made
-            except errors.Corrupt:
-                # Of an image without its parent there is but the name.
-                yield model.Found(name, 0, names.volume_id(name))
+            except errors.VolumeError as failed:
+                yield from self._unopened(pool, name, failed)
                 continue
             found = _found(name, size, notes)
             if found.id is None and names.volume_id(name) is not None and (
@@ -196,8 +211,7 @@ class Images:
         except errors.NotFound:
             self._sweep(volume.pool, name)
         except errors.Corrupt:
-            # What it stands on is gone: nobody can read it any more.
-            self.throw_away(volume.pool, name)
+            self._delete_unreadable(volume, name)
         self.begun.remove(volume.pool, name)
 
     def throw_away(self, pool: str, name: str) -> None:
@@ -307,6 +321,21 @@ class Images:
 
     # Ours alone.
 
+    def _unopened(
+        self, pool: str, name: str, failed: errors.VolumeError
+    ) -> Iterator[model.Found]:
+        """Yield an image that cannot be opened: of it there is no size.
+
+        One image's trouble must not hide all others; a cluster that does
+        not answer does not answer here either.
+        """
+        image_id = self.link.header(pool, name)
+        if image_id is not None:
+            LOG.warning('pool %s: %s', pool, failed)
+            is_ours = self.link.is_signed(pool, image_id, name)
+            yield model.Found(
+                name, 0, names.volume_id(name) if is_ours else None)
+
     def _throw_draft_away(self, volume: model.Volume) -> None:
         name = names.image(volume)
         with self.link.image(
@@ -315,12 +344,31 @@ class Images:
             image.note(names.ID, volume.id)  # so that upkeep removes it
         self.throw_away(volume.pool, name)
 
+    def _delete_unreadable(self, volume: model.Volume, name: str) -> None:
+        """Delete what nobody can read any more: what it stands on is gone.
+
+        :raises Conflict: it is somebody else's
+        """
+        image_id = self.link.header(volume.pool, name)
+        if image_id is None:
+            self._sweep(volume.pool, name)
+        elif self.link.is_signed(volume.pool, image_id, name):
+            self.throw_away(volume.pool, name)
+        elif self.begun.has(volume.pool, name):
+            # Unsigned it would stay in the trash.
+            self._remove(volume.pool, name)
+        else:
+            raise _foreign(name)
+
     def _sweep(self, pool: str, name: str) -> None:
         """Remove what is left of an image that cannot be opened by name.
 
         Half in the trash it has its header; half made it has not.
         """
         self.throw_away(pool, name)
+        self._remove(pool, name)
+
+    def _remove(self, pool: str, name: str) -> None:
         with contextlib.suppress(errors.NotFound):
             self.link.do('remove', lambda wire: wire.rbd.RBD().remove(
                 wire.ioctx(pool), name))
@@ -396,30 +444,12 @@ def _found(
 ) -> model.Found:
     if not is_signed(name, notes):
         return model.Found(name, size_bytes)
-    note = _note(notes.get(names.NOTE, '{}'))
+    said = headers.parse(notes.get(names.NOTE, '{}'))
     return model.Found(
-        name, size_bytes, names.volume_id(name), sidecar=note,
-        hosts=hosts(notes),
+        name, size_bytes, names.volume_id(name),
+        # A broken note is none, for it is only a note.
+        sidecar={
+            key: str(value) for key, value in said.items()
+        } if isinstance(said, dict) else {},
+        hosts=guests.read(notes).hosts, is_torn=names.REVERT in notes,
     )
-
-
-def hosts(notes: Mapping[str, str]) -> tuple[model.Host, ...]:
-    """Return the hosts that were let in, as the metadata has them."""
-    said = [
-        json.loads(value) for key, value in sorted(notes.items())
-        if key.startswith(names.HOST)
-    ]
-    return tuple(
-        model.Host(each['name'], tuple(each['addresses'])) for each in said
-    )
-
-
-def _note(text: str) -> dict[str, str]:
-    """Return a note; a broken one is none, for it is only a note."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {str(key): str(value) for key, value in found.items()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 from volume import concurrency
 from volume import errors
 from volume.drivers.rbd import failures
+from volume.drivers.rbd import headers
 from volume.drivers.rbd import names
 from volume.drivers.rbd.options import Settings
 from volume.drivers.rbd.watched import Watched
@@ -43,7 +43,8 @@ class Link:
         self.settings = settings
         self.node = node
         self._connect = connect
-        self._guard = threading.Lock()
+        # Taken in native threads, where nothing green may be waited for.
+        self._guard = concurrency.native().Lock()
         self._wire: Wire | None = None
 
     def ask(self, what: str, effect: Callable[[Wire], T]) -> T:
@@ -97,7 +98,7 @@ class Link:
                 raise errors.NotFound(
                     f'{what} has no snapshot {snapshot}, or is not there'
                 ) from gone
-            if name and self._has_header(pool, name):
+            if name and self.header(pool, name) is not None:
                 raise errors.Corrupt(
                     f'{what} cannot be opened: the image that it is a clone '
                     'of, or a part of itself, is missing'
@@ -108,23 +109,19 @@ class Link:
         finally:
             self.node.blocking(lambda: _close(wire, raw))
 
-    def _has_header(self, pool: str, name: str) -> bool:
-        """Say whether an image is there but for what it stands on.
+    def header(self, pool: str, name: str) -> str | None:
+        """Return the id of an image that is there, but for what it needs."""
+        return self.ask(
+            f'header {name}', lambda wire: headers.find(wire, pool, name))
 
-        One whose making was cut off has a name, and no header.
+    def is_signed(self, pool: str, image_id: str, name: str) -> bool:
+        """Say whether an image is a volume of ours, if it opens or not.
+
+        :raises NotFound: it has no header
         """
-
-        def look(wire: Wire) -> bool:
-            ioctx = wire.ioctx(pool)
-            try:
-                # Four bytes of length, and the id.
-                image_id = ioctx.read(f'rbd_id.{name}')[4:].decode('ascii')
-                ioctx.stat(f'rbd_header.{image_id}')
-            except wire.rados.ObjectNotFound:
-                return False
-            return True
-
-        return self.ask(f'header {name}', look)
+        return is_signed(name, {names.ID: self.ask(
+            'signature', lambda wire: headers.note(
+                wire, pool, image_id, names.ID))})
 
     def _call(
         self, what: str, effect: Callable[[Wire], T], *, is_act: bool
@@ -190,8 +187,9 @@ class Image:
         return self.ask('id', lambda raw: str(raw.id()))
 
     def notes(self) -> dict[str, str]:
-        """Return the metadata."""
-        return self.ask('metadata', lambda raw: dict(raw.metadata_list()))
+        """Return the metadata, as far as it is text."""
+        return self.link.ask('metadata', lambda wire: headers.notes(
+            wire, self.pool, str(self.raw.id())))
 
     def note(self, key: str, value: str) -> None:
         self.do('metadata_set', lambda raw: raw.metadata_set(key, value))

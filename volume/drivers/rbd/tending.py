@@ -3,7 +3,8 @@
 
 Both go in pieces. Of a large image in the trash a part is cut off at a time;
 a flatten is stopped after a while and goes on where it was. An image that
-somebody else wants, or uses, is let go of at once.
+somebody else wants, or uses, is let go of at once. One that fails is passed
+over for a while, and keeps no other waiting.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import datetime
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from volume import errors
@@ -25,7 +26,7 @@ from volume.drivers.rbd.link import Link
 
 PIECE_BYTES = 64 << 30
 FLATTEN_S = 10.0
-HELD_S = 300.0  # until an image with clones is looked at again
+HELD_S = 300.0  # until an image with clones, or in trouble, is seen again
 MOMENT_S = 3600.0  # no clone takes so long to begin
 POLL_S = 0.01
 DEPTH_MAX = 64
@@ -41,8 +42,9 @@ class Tending:
         self._guard = threading.Lock()
         self._flattening: tuple[str, str] | None = None
         self._is_wanted = False
-        # Images in the trash: what they store, and until when clones need
-        # them. Forgotten with the process, and found out again.
+        # What images in the trash store, by id; and which images are passed
+        # over until when, by id or name. Forgotten with the process, and
+        # found out again.
         self._stored: dict[str, int] = {}
         self._held: dict[str, float] = {}
 
@@ -53,7 +55,12 @@ class Tending:
         )
 
     def upkeep(self, pool: str) -> bool:
-        return self._empty_trash(pool) or self._flatten_one(pool)
+        failed: list[errors.VolumeError] = []
+        is_done = self._empty_trash(pool, failed) or self._flatten_one(
+            pool, failed)
+        if failed:
+            raise failed[0]
+        return is_done
 
     # The trash.
 
@@ -63,7 +70,9 @@ class Tending:
             wire.rbd.RBD().trash_list(wire.ioctx(pool))))
         return [each for each in found if names.volume_id(each['name'])]
 
-    def _empty_trash(self, pool: str) -> bool:
+    def _empty_trash(
+        self, pool: str, failed: list[errors.VolumeError]
+    ) -> bool:
         """Remove a piece of what is due; say if anything was done."""
         for each in self._trash(pool):
             image_id = each['id']
@@ -71,19 +80,21 @@ class Tending:
                 continue
             if not _is_due(each['deferment_end_time']):
                 if image_id not in self._stored:
-                    self._measure(pool, image_id)
+                    with self._passed(image_id, failed):
+                        self._measure(pool, image_id)
                 continue
-            try:
-                is_gone = self._remove_piece(pool, image_id, each['name'])
-            except (errors.Busy, errors.Denied):
-                self._held[image_id] = time.monotonic() + HELD_S
-                continue
-            except errors.NotFound:
-                is_gone = True
-            if is_gone:
-                self._stored.pop(image_id, None)
-                self._held.clear()  # it may have been the last clone
-            return True
+            with self._passed(image_id, failed):
+                try:
+                    is_gone = self._remove_piece(pool, image_id, each['name'])
+                except (errors.Busy, errors.Denied):
+                    self._held[image_id] = time.monotonic() + HELD_S
+                    continue
+                except errors.NotFound:
+                    is_gone = True
+                if is_gone:
+                    self._stored.pop(image_id, None)
+                    self._held.clear()  # it may have been the last clone
+                return True
         return False
 
     def _remove_piece(self, pool: str, image_id: str, name: str) -> bool:
@@ -104,10 +115,23 @@ class Tending:
                 self._cut(pool, image_id, size_bytes - PIECE_BYTES)
                 return False
         except errors.NotFound:
-            pass  # a removal was cut off: what is left goes now
+            self._need_remains(pool, image_id, name)
         self.link.do('trash_remove', lambda wire: wire.rbd.RBD().trash_remove(
             wire.ioctx(pool), image_id))
         return True
+
+    def _need_remains(self, pool: str, image_id: str, name: str) -> None:
+        """See that what cannot be opened may go.
+
+        Without a header it is what a removal that was cut off has left.
+        With one, what it stands on is gone; it is whose it says.
+
+        :raises Busy: it is another service's
+        """
+        with contextlib.suppress(errors.NotFound):
+            if not self.link.is_signed(pool, image_id, name):
+                raise errors.Busy(
+                    f'image {image_id} of pool {pool} is not ours')
 
     def _cut(self, pool: str, image_id: str, size_bytes: int) -> None:
         with self.link.image(
@@ -120,6 +144,22 @@ class Tending:
         with contextlib.suppress(errors.NotFound):
             with self.link.image(pool, id=image_id) as image:
                 self._stored[image_id] = _stored(image)
+
+    @contextlib.contextmanager
+    def _passed(
+        self, key: str, failed: list[errors.VolumeError]
+    ) -> Iterator[None]:
+        """Pass over what fails, for a while, and keep its error.
+
+        A cluster that is silent ends the round: each would take its time.
+        """
+        try:
+            yield
+        except errors.VolumeError as error:
+            self._held[key] = time.monotonic() + HELD_S
+            if isinstance(error, (errors.Unavailable, errors.Unknown)):
+                raise
+            failed.append(error)
 
     # Chains.
 
@@ -152,24 +192,30 @@ class Tending:
         """Have an image flattened by upkeep, once there is time."""
         self._noted.add(pool, name)
 
-    def _flatten_one(self, pool: str) -> bool:
+    def _flatten_one(
+        self, pool: str, failed: list[errors.VolumeError]
+    ) -> bool:
         """Flatten for a while one that nobody uses; say if there was one."""
         for name in self._noted.some(pool):
-            try:
-                with self.link.image(pool, name) as image:
-                    is_flat = image.parent() is None
-                    # A host that was let in may open it at any time.
-                    is_used = bool(image.watchers()) or any(
-                        key.startswith(names.HOST) for key in image.notes()
-                    )
-            except errors.NotFound:
-                is_flat, is_used = True, False
-            if is_used:
+            if self._held.get(name, 0.0) > time.monotonic():
                 continue
-            if not is_flat and not self._flatten_slice(pool, name):
+            with self._passed(name, failed):
+                try:
+                    with self.link.image(pool, name) as image:
+                        is_flat = image.parent() is None
+                        # A host that was let in may open it at any time.
+                        is_used = bool(image.watchers()) or any(
+                            key.startswith(names.HOST)
+                            for key in image.notes()
+                        )
+                except errors.NotFound:
+                    is_flat, is_used = True, False
+                if is_used:
+                    continue
+                if not is_flat and not self._flatten_slice(pool, name):
+                    return True
+                self._noted.remove(pool, name)
                 return True
-            self._noted.remove(pool, name)
-            return True
         return False
 
     def _flatten_slice(self, pool: str, name: str) -> bool:

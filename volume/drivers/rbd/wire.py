@@ -7,6 +7,7 @@ into it, and nothing else of the system's Python: ``tools/link_ceph.py``.
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import json
 from collections.abc import Mapping
@@ -15,6 +16,10 @@ from typing import Any
 from volume import errors
 from volume.drivers.rbd import failures
 from volume.drivers.rbd.options import Settings
+
+# An address is never used again, so a block need not end soon; it must not
+# end while a host may still have the image open.
+BLOCK_S = 5 * 365 * 86400
 
 
 class Wire:
@@ -51,6 +56,9 @@ class Wire:
                 'rbd_cache': 'false',
                 # A snapshot can go while clones of it live.
                 'rbd_default_clone_format': '2',
+                # librbd blocks whose lock it breaks, by itself for an hour;
+                # and of two blocks of a client the first one stays.
+                'rbd_blocklist_expire_seconds': str(BLOCK_S),
             },
         )
         cluster.connect(timeout=settings.timeout_s)
@@ -90,7 +98,9 @@ class Wire:
         )
         if code:
             raise self.rados.OSError(text or prefix, abs(code))
-        return json.loads(answer) if answer.strip() else None
+        text = answer.decode().strip()
+        # Some commands say in words, after it, how much they have found.
+        return json.JSONDecoder().raw_decode(text)[0] if text else None
 
     def fsid(self) -> str:
         return str(self._cluster.get_fsid())
@@ -99,10 +109,17 @@ class Wire:
         """Return the number by which the cluster knows this client."""
         return int(self._cluster.get_instance_id())
 
-    def block(self, address: str, expire_s: int) -> None:
+    def block(self, address: str) -> None:
         """Have the cluster refuse all that a client sends from now on."""
-        self._cluster.blocklist_add(address, expire_s)
+        self._cluster.blocklist_add(address, BLOCK_S)
         self._cluster.wait_for_latest_osdmap()
+
+    def blocked_until(self, address: str) -> datetime.datetime | None:
+        """Return the end of a client's block; None if there is none."""
+        for each in self.command('osd blocklist ls') or ():
+            if each['addr'] == address:
+                return datetime.datetime.fromisoformat(each['until'])
+        return None
 
     def watchers(self, image: Any) -> list[Mapping[str, Any]]:
         """Return who has an image open to be written."""
