@@ -35,6 +35,8 @@ class Lv:
         self.active = self.read_only = False
         self.skip = self.open = self.invalid = False
         self.thin_id = None
+        self.pool = 'pool'
+        self.filled = None  # of a snapshot, in percent
 
 
 class World:
@@ -48,6 +50,7 @@ class World:
         self.lvs = {}
         self.seqno, self.serial = 1, 0
         self.missing = self.damaged = False
+        self.discards = False  # as lvm.conf may have it
         self.has_group = True
         self.signatures = []  # of disks that are in no group
         self.held = None  # the root of the pool's metadata snapshot
@@ -62,10 +65,13 @@ class World:
         words = [
             word for word in argv[1:] if word not in ('--yes', '-Wn', '-Zn')
         ]
+        said = ''
         while '--config' in words:
             at = words.index('--config')
+            said += words[at + 1]
             del words[at:at + 2]
         with self.mutex:
+            self._discards = self.discards and 'issue_discards=0' not in said
             try:
                 return getattr(self, f'_{argv[0]}')(words) or ''
             except Said as said:
@@ -145,8 +151,9 @@ class World:
             'lv_metadata_size': '4194304' if is_pool else '',
             'origin': lv.origin or '',
             'origin_size': str(lv.origin_size or ''),
-            'pool_lv': 'pool' if lv.kind == 'thin' else '',
-            'data_percent': str(self.data_percent) if is_pool else '',
+            'pool_lv': lv.pool if lv.kind == 'thin' else '',
+            'data_percent': str(
+                self.data_percent if is_pool else lv.filled or ''),
             'metadata_percent': str(self.metadata_percent) if is_pool else '',
         }
 
@@ -165,7 +172,8 @@ class World:
                        f'group "{GROUP}"')
         if '-s' in options:
             origin = self._need(target)
-            kind = 'thin' if origin.kind == 'thin' else 'cow'
+            is_thin = origin.kind == 'thin' and '-l' not in options
+            kind = 'thin' if is_thin else 'cow'
             made = self._new(name, kind, origin.size)
             made.origin = origin.name
             if kind == 'cow':
@@ -268,14 +276,19 @@ class World:
         lv = self._need(words[0])
         if lv.open:
             raise Said(f'Logical volume {GROUP}/{lv.name} in use.')
-        assert not any(
-            each.kind == 'cow' and each.origin == lv.name
-            for each in self.lvs.values()
-        ), f'{lv.name} would take its snapshots with it'
+        for each in list(self.lvs.values()):
+            # With --yes it asks nobody.
+            if each.origin == lv.name and (
+                each.kind == 'cow' or (each.kind, each.pool) != (
+                    lv.kind, lv.pool)
+            ):
+                self._lvremove([f'{GROUP}/{each.name}'])
         if lv.kind == 'linear':
             with open(self._file(lv), 'rb') as f:
                 for number in lv.extents:
                     self.disk[number] = f.read(EXTENT)
+                    if self._discards:
+                        self.disk[number] = STALE * EXTENT
         self.free |= set(lv.extents)
         os.unlink(self._file(lv))
         del self.lvs[lv.name]

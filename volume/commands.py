@@ -14,6 +14,7 @@ import re
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -43,6 +44,8 @@ MEANING: Mapping[int, type[errors.VolumeError]] = {
 }
 
 CPU_GRACE_S = 5  # from SIGXCPU to SIGKILL
+KILLED_S = 2.0  # for what was killed to be gone
+REAP_S = 0.5
 PERCENT = re.compile(rb'\((\d+(?:\.\d+)?)/100%\)')  # qemu-img -p
 ENVIRONMENT = {
     'LC_ALL': 'C', 'PATH': '/usr/sbin:/usr/bin:/sbin:/bin',
@@ -137,15 +140,25 @@ def run(
     except OSError as failed:
         raise meaning(failed, f'start {argv[0]}') from failed
     name = _without_wrappers(argv)
-    with child:
-        try:
-            out, err = _talk(
-                child, name, timeout_s, input_bytes, output_bytes_max, watch,
-                tick,
-            )
-        except BaseException:
-            _kill_group(child)
-            raise
+    try:
+        out, err = _talk(
+            child, name, timeout_s, input_bytes, output_bytes_max, watch,
+            tick,
+        )
+    except BaseException as failed:
+        if not _is_ended(child) and isinstance(
+            failed, (errors.Unknown, errors.Cancelled)
+        ):
+            raise Endless(
+                f'{failed}; {name[0]} was killed and has not ended: the '
+                'kernel waits for something on its behalf, as for a disk '
+                'that does not answer'
+            ) from failed
+        raise
+    finally:
+        for pipe in child.stdin, child.stdout, child.stderr:
+            if pipe is not None:
+                pipe.close()
     code = child.returncode
     if code:
         words = mask(err.decode(errors='replace'), secrets)
@@ -222,9 +235,27 @@ def _await(
         ) from None
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
+def _is_ended(child: subprocess.Popen[bytes]) -> bool:
+    """Kill it with all that it has started; say whether it is gone.
+
+    What waits for a dead disk lives on, and keeps the locks that it has
+    inherited: nobody works beside it. Our caller must not wait as long.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+    try:
+        child.wait(KILLED_S)
+    except subprocess.TimeoutExpired:
+        threading.Thread(
+            target=_reap, args=(child,), name=f'reap-{child.pid}', daemon=True
+        ).start()
+        return False
+    return True
+
+
+def _reap(child: subprocess.Popen[bytes]) -> None:
+    while child.poll() is None:
+        time.sleep(REAP_S)
 
 
 def _without_wrappers(argv: list[str]) -> list[str]:

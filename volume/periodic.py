@@ -27,6 +27,7 @@ from sqlalchemy.orm import Session
 from volume import errors
 from volume import ids
 from volume import lockdomain
+from volume import progress
 from volume import report
 from volume.backends import Backend
 from volume.backends import check_all
@@ -51,7 +52,8 @@ LOOKED_THROUGH = 10_000  # ended jobs, for whose export it was
 SYSTEM = Caller(project_id='system', user_id='system', is_admin=True)
 ANY_STATUS = frozenset({
     'available', 'in-use', 'attaching', 'detaching', 'error', 'reserved',
-    'uploading', 'error_attaching', 'error_detaching', 'maintenance',
+    'uploading', 'error_attaching', 'error_detaching', 'error_extending',
+    'maintenance',
 })
 
 
@@ -132,7 +134,7 @@ def end_orphan_exports(
         present -= seen
         seen |= present
         nobodys = present - _known(
-            core, present, backend.exporter.is_shared
+            core, present, backend.exporter.is_shared, _is_elsewhere(backend)
         )
         over = _over(core, nobodys) if nobodys - strangers else set()
         for export_id in sorted(nobodys - strangers):
@@ -144,8 +146,12 @@ def end_orphan_exports(
                 )
                 continue
             LOG.warning('export %s was left over; it ends', export_id)
-            with backend.guard('unexport'):
-                backend.exporter.unexport(export_id)
+            try:
+                with backend.guard('unexport'):
+                    backend.exporter.unexport(export_id)
+            except errors.VolumeError as failed:
+                LOG.error('export %s does not end: %s', export_id, failed)
+                continue
             ended.append(export_id)
     return ended
 
@@ -225,8 +231,13 @@ def end_stale_reservations(core: Core, timeout_s: float) -> int:
     return count
 
 
-def upkeep(backends: Iterable[Backend]) -> None:
-    """Let each driver do one bounded piece of its background work."""
+def upkeep(
+    backends: Iterable[Backend], rate_bytes_per_s: int = 0
+) -> None:
+    """Let each driver do one bounded piece of its background work.
+
+    What it writes is written no faster than the rate.
+    """
     for backend in backends:
         if not backend.is_up or not isinstance(backend.driver, base.Upkeep):
             continue
@@ -234,7 +245,8 @@ def upkeep(backends: Iterable[Backend]) -> None:
             if not backend.feature(pool, 'Upkeep'):
                 continue
             try:
-                backend.call('upkeep', pool)
+                with progress.watching(None, rate_bytes_per_s):
+                    backend.call('upkeep', pool)
             except errors.VolumeError as failed:
                 LOG.warning(
                     'upkeep of %s#%s: %s', backend.name, pool, failed
@@ -318,6 +330,7 @@ def _exportable(
         )
         .where(
             attachments.is_connected.is_(True),
+            attachments.status != 'error_attaching',
             attachments.backend.in_(backends),
             or_(
                 attachments.node.in_(('', host)),
@@ -402,6 +415,7 @@ def _open_restore(
         row for row in session.scalars(select(attachments).where(
             attachments.volume_id.in_(taken),
             attachments.is_connected.is_(True),
+            attachments.status != 'error_attaching',
             # Of a fenced node another may have been faster than we.
             or_(
                 attachments.node.in_(('', core.owner_host)),
@@ -426,24 +440,26 @@ def _open_restore(
 
 
 def _known(
-    core: Core, export_ids: set[str], is_shared: bool
+    core: Core, export_ids: set[str], is_shared: bool, is_elsewhere: bool
 ) -> set[str]:
     """Return those ids that an attachment or an open job names.
 
-    What ``is_shared`` may also be the work of another service of this
-    kernel, and then it is that one's.
+    What ``is_shared`` may also be the work of another service of its kernel,
+    whether that one runs, was stopped or has left: then it is that one's.
     """
 
     def ask(session: Session) -> set[str]:
-        homes = ['', core.owner_host]
-        if is_shared:
-            homes += _kin(session, core.owner_host)
+        home = models.Attachment.node
+        ours = home.in_(('', core.owner_host))
+        if is_shared and is_elsewhere:
+            ours = home.is_not(None)  # which kernel that is, nobody says
+        elif is_shared:
+            ours = home.not_in(_strangers_to(session, core.owner_host))
         known: set[str] = set()
         for some in _parts(export_ids, ASKED_AT_ONCE):
             known.update(session.scalars(
                 select(models.Attachment.id).where(
-                    models.Attachment.id.in_(some),
-                    models.Attachment.node.in_(homes),
+                    models.Attachment.id.in_(some), ours,
                 )
             ))
         for args in session.scalars(
@@ -459,8 +475,12 @@ def _known(
     return core.db.read(ask)
 
 
-def _kin(session: Session, host: str) -> list[str]:
-    """Return the services that have run under the same kernel as ours."""
+def _strangers_to(session: Session, host: str) -> list[str]:
+    """Return the services that run under another kernel than ours.
+
+    One that was stopped in good order says nothing of itself any more, and
+    is not among them.
+    """
     domains = {
         name: lockdomain.kernel(domain) for name, domain in session.execute(
             select(models.Service.host, models.Service.domain)
@@ -468,7 +488,8 @@ def _kin(session: Session, host: str) -> list[str]:
     }
     kernel = domains.get(host, '')
     return [
-        name for name, each in domains.items() if kernel and each == kernel
+        name for name, each in domains.items()
+        if kernel and each and each != kernel
     ]
 
 

@@ -243,7 +243,9 @@ class Service:
         self._every('exports', conf.stats_interval_s, self._exports, now=True)
         self._every('stats', conf.stats_interval_s, self._refresh)
         self._every('upkeep', conf.upkeep_interval_s, lambda: (
-            periodic.upkeep(self.runner.backends.values())
+            periodic.upkeep(
+                self.runner.backends.values(), conf.image_rate_bytes_per_s
+            )
         ))
         self._every('history', 600.0, self._tidy, now=True)
         if rpc.is_remote(conf):

@@ -300,7 +300,7 @@ class Suite(conformance.DriverSuite):
     def test_broken_note_is_no_note(self):
         volume = self.volume()
         note = os.path.join(self.directory, f'{volume.id}.json')
-        for text in b'', b'[1]', b'{', b'\xff\xfe':
+        for text in b'', b'[1]', b'{', b'[' * 60000, b'\xff\xfe':
             with open(note, 'wb') as f:
                 f.write(text)
             self.assertEqual({}, self.driver.inspect(volume).sidecar)

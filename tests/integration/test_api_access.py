@@ -212,11 +212,25 @@ class Projects(unittest.TestCase):
             ('DELETE', path, None), ('POST', action, {'os-detach': {}}),
             ('POST', action,
              {'os-terminate_connection': {'connector': HOST}}),
+            # What it proves itself with is not for the owner either.
+            ('POST', action,
+             {'os-initialize_connection': {'connector': HOST}}),
+            ('PUT', path, {'attachment': {'connector': HOST}}),
         ):
             asked = self.ask(method, where, body, token='ann')
             self.assertEqual(
                 (409, 'conflictingRequest'), (asked.status, asked.fault)
             )
+        for method, where, body in (
+            ('POST', action,
+             {'os-initialize_connection': {'connector': HOST}}),
+            ('PUT', path, {'attachment': {'connector': HOST}}),
+        ):
+            asked = self.ask(
+                method, where, body, token='ann',
+                headers={'X-Service-Token': 'nova'},
+            )
+            self.assertEqual(200, asked.status, asked.text)
         wrong = self.ask(
             'DELETE', path, token='ann', headers={'X-Service-Token': 'bob'}
         )

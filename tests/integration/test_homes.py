@@ -10,6 +10,7 @@ import unittest
 from sqlalchemy import update
 
 from tests.integration import serving
+from volume import errors
 from volume import ids
 from volume import periodic
 from volume.blockd import Blockd
@@ -113,12 +114,17 @@ class Homes(unittest.TestCase):
         self.assertEqual([attachment_id], ended)
         self.assertNotIn(attachment_id, self.blockd().export_ids())
 
-    def left_of_an_export_of(self, domain):
-        """Return what is exported, if it is of a service with a domain."""
+    def left_of_an_export_of(self, domain, is_remote=False):
+        """Return what is exported, if it is of a service with a domain.
+
+        Without one, that service has left in good order.
+        """
         _, attachment_id = self.attached()
         exporter = self.backends['q'].exporter
         exporter.is_shared = True
-        self.other(domain=domain)
+        exporter.node.is_remote = is_remote
+        if domain:
+            self.other(domain=domain)
         self.say(models.Attachment, node='node-2')
         periodic.end_orphan_exports(self.core, self.backends, set())
         return attachment_id, exporter.exported()
@@ -129,6 +135,33 @@ class Homes(unittest.TestCase):
             f'{ids.new()} {kernel} pid:[1]'
         )
         self.assertEqual({export_id}, left)
+
+    def test_one_of_a_service_that_was_stopped_in_good_order_goes_on(self):
+        export_id, left = self.left_of_an_export_of('')
+        self.assertEqual({export_id}, left)
+
+    def test_one_of_a_kernel_that_is_reached_by_ssh_goes_on(self):
+        export_id, left = self.left_of_an_export_of(
+            f'{ids.new()} {ids.new()} pid:[1]', is_remote=True
+        )
+        self.assertEqual({export_id}, left)
+
+    def test_one_that_does_not_end_keeps_no_other_from_it(self):
+        ones = [self.attached()[1] for _ in range(2)]
+        stuck, other = sorted(ones)
+        exporter = self.backends['q'].exporter
+        unexport = exporter.unexport
+
+        def hang(attachment_id):
+            if attachment_id == stuck:
+                raise errors.Busy('somebody else has it')
+            unexport(attachment_id)
+
+        exporter.unexport = hang
+        self.say(models.Attachment, node='node-2')
+        ended = periodic.end_orphan_exports(self.core, self.backends, set())
+        self.assertEqual([other], ended)
+        self.assertEqual({stuck}, exporter.exported())
 
     def test_an_export_that_has_moved_to_another_kernel_ends_here(self):
         _, left = self.left_of_an_export_of(f'{ids.new()} {ids.new()} pid:[1]')

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+import time
 
 from tests.lab import case
 from tests.lab import exports_case
@@ -44,11 +46,15 @@ class NfsConnectorTest(case.LabCase):
         cls.guest.run('mkdir', '-p', DIRECTORY)
         cls.guest.run('systemctl', 'start', 'nfs-server')
         cls.addClassCleanup(cls.guest.run, 'systemctl', 'stop', 'nfs-server')
+        cls.serve()
+        cls.addClassCleanup(cls.guest.run, 'exportfs', '-ua')
+
+    @classmethod
+    def serve(cls):
         cls.guest.run(
             'exportfs', '-o', 'rw,no_root_squash,insecure',
             f'{case.PORTALS[0]}:{DIRECTORY}',
         )
-        cls.addClassCleanup(cls.guest.run, 'exportfs', '-ua')
 
     def setUp(self):
         super().setUp()
@@ -106,6 +112,54 @@ class NfsConnectorTest(case.LabCase):
         finally:
             holding.communicate()
         self.connector.detach(connection)
+
+    def test_access_that_was_ended_is_only_cleaned_up(self):
+        self.addCleanup(self.serve)
+        one, two = self.volume(), self.volume()
+        for connection in one, two:
+            path = self.attach(connection)
+            # What this host still keeps in its memory.
+            self.guest.run(
+                'dd', 'if=/dev/urandom', f'of={path}', 'bs=4096', 'count=4',
+                'conv=notrunc', 'status=none',
+            )
+        holding = self.guest.start('sh', '-c', f'exec 3<>{path}; echo; cat')
+        holding.stdout.readline()
+        self.guest.run('exportfs', '-u', f'{case.PORTALS[0]}:{DIRECTORY}')
+        try:
+            self.connector.detach(one)
+            self.assertNotEqual('', self.connector.present(two))
+            self.connector.detach(two)
+        finally:
+            holding.communicate()
+        for connection in one, two:
+            self.assertEqual('', self.connector.present(connection))
+        self.assertEqual('', self.mounts())
+
+    def test_server_that_does_not_answer_is_told_of_in_time(self):
+        connection = self.volume()
+        path = self.attach(connection)
+        self.guest.run('systemctl', 'stop', 'nfs-server')
+        self.guest.run(
+            'sh', '-c', 'echo 10 > /proc/fs/nfsd/nfsv4gracetime')
+        try:
+            with self.assertRaisesRegex(
+                errors.Unavailable,
+                f'{connection.fields["name"]} cannot be stored .*does not '
+                'answer.*force-detach',
+            ):
+                self.connector.detach(connection)
+            with self.assertRaisesRegex(errors.Unavailable, 'not answer'):
+                self.connector.extend(connection)
+            self.assertEqual(path, self.connector.present(connection))
+        finally:
+            self.guest.run('systemctl', 'start', 'nfs-server')
+            self.serve()
+        deadline = time.monotonic() + 240
+        while self.mounts():
+            self.assertLess(time.monotonic(), deadline)
+            with contextlib.suppress(errors.Unavailable):
+                self.connector.detach(connection)
 
     def test_what_is_not_there_or_too_small_leaves_no_mount(self):
         with self.assertRaises(errors.NotFound):

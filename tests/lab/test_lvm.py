@@ -184,6 +184,75 @@ class ThickBytesTest(SmallCase, unittest.TestCase):
         # It was there to be found.
         self.assertLess(30 * MIB, self.free_bytes_that_are(OLD))
 
+    def test_upkeep_goes_on_with_its_wiping_where_it_was(self):
+        self.driver._store(self.group).upkeep_s = 0.0  # one piece at a time
+        volume = self.volume(40)
+        self.fill(self.map(self.driver, volume), OWN, 40)
+        self.driver.unmap(volume)
+        name = f'deleted-{volume.id}'
+        self.lvm('lvrename', self.group, f'volume-{volume.id}', name)
+        found = []
+        while name in self.lvs():
+            found.append(self.guest.run(
+                'lvs', '--noheadings', '-o', 'lv_tags',
+                f'{self.group}/{name}').strip())
+            self.driver.upkeep(self.group)
+        tag = f'volume:{volume.id}'
+        self.assertEqual([
+            tag, f'{tag},wiped:{16 * MIB}', f'{tag},wiped:{32 * MIB}',
+        ], found)
+        self.assertEqual(0, self.free_bytes_that_are(OWN))
+
+    def test_zeroed_extents_are_not_discarded_when_they_change_hands(self):
+        place = '/etc/lvm/lvmlocal.conf'
+        self.guest.run('sh', '-c', (
+            f'test -e {place} && cp {place} {place}.kept; '
+            f'echo "devices {{ issue_discards = 1 }}" > {place}'
+        ))
+        self.addCleanup(self.guest.run, 'sh', '-c', (
+            f'rm {place}; test ! -e {place}.kept || mv {place}.kept {place}'
+        ))
+        volume = self.volume()
+        self.fill(self.map(self.driver, volume), OWN, 8)
+        before = self.discards()
+        self.driver.resize(volume, 16 * MIB)
+        self.assertEqual(before, self.discards())
+        self.assertEqual(
+            8 * MIB, self.count(self.map(self.driver, volume), 0))
+        self.driver.delete(volume)
+        # As the machine's own configuration has it.
+        self.assertLess(before, self.discards())
+
+    def discards(self):
+        """Return how often the disks were told that something is free."""
+        return sum(
+            int(self.guest.run(
+                'sh', '-c', 'cat /sys/block/$(basename $(readlink -f $0))'
+                '/stat', case.disk(number),
+            ).split()[11]) for number in range(2)
+        )
+
+    def test_volume_that_another_pool_stands_on_is_neither_wiped_nor_taken(
+        self,
+    ):
+        volume = self.volume()
+        name = f'{self.group}/volume-{volume.id}'
+        self.fill(self.map(self.driver, volume), OWN, 8)
+        self.driver.unmap(volume)
+        self.lvm('lvchange', '-pr', name)
+        self.lvm('lvcreate', '-T', '-L', '8m', f'{self.group}/another')
+        self.lvm('lvcreate', '-s', '--thinpool', f'{self.group}/another',
+                 '-n', 'child', name)
+        with self.assertRaisesRegex(errors.Busy, f'has {self.group}/child'):
+            self.driver.delete(volume)
+        self.assertEqual(
+            8 * MIB, self.count(f'/dev/{self.group}/child', OWN))
+        self.lvm('lvrename', self.group, f'volume-{volume.id}', 'data')
+        with self.assertRaisesRegex(errors.Busy, f'has {self.group}/child'):
+            self.driver.adopt('data', volume)
+        self.lvm('lvremove', f'{self.group}/another')
+        self.driver.adopt('data', volume)
+
     def test_volume_in_use_is_not_deleted_or_renamed(self):
         volume = self.volume()
         path = self.map(self.driver, volume)
@@ -375,6 +444,28 @@ class ThinPoolTest(SmallCase, unittest.TestCase):
             made.delete_snapshot(snapshot)
         made.snapshot(taken[0])
         made.delete_snapshot(taken[0])
+        made.delete(volume)
+
+    def test_snapshot_that_a_backup_has_made_is_not_taken_away(self):
+        made = self.make_driver()
+        volume = self.wish(4 * MIB)
+        made.create(volume)
+        snapshot = model.Snapshot(ids.new(), volume, volume.size_bytes)
+        made.snapshot(snapshot)
+        for name, deed in (
+            (f'snap-{snapshot.id}', made.delete_snapshot),
+            (f'volume-{volume.id}', made.revert),
+        ):
+            self.lvm('lvcreate', '-s', '-L', '1m', '-n', 'backup',
+                     f'{self.group}/{name}')
+            with self.assertRaisesRegex(errors.Busy, f'{self.group}/backup'):
+                deed(snapshot)
+            self.assertIn('backup', self.lvs())
+            self.lvm('lvremove', f'{self.group}/backup')
+            deed(snapshot)
+            if deed == made.delete_snapshot:
+                made.snapshot(snapshot)
+        made.delete_snapshot(snapshot)
         made.delete(volume)
 
     def test_metadata_snapshot_that_was_left_is_released(self):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """While a host can reach a volume, or may yet, it is never available."""
 
+import contextlib
 import dataclasses
 import unittest
 
@@ -38,13 +39,14 @@ class GivenUp(unittest.TestCase):
             self.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
         ).id
         attachments.reserve(self.core, world.CALLER, self.volume_id)
+        self.give_up(self.volume_id, CONNECTOR)
+
+    def give_up(self, volume_id, connector):
         hasty = dataclasses.replace(
             self.core, hint=lambda *known: None, wait=too_late
         )
         with self.assertRaises(errors.Unknown):
-            attachments.connect(
-                hasty, world.CALLER, self.volume_id, CONNECTOR
-            )
+            attachments.connect(hasty, world.CALLER, volume_id, connector)
 
     def status(self):
         return self.world.live(models.Volume)[self.volume_id].status
@@ -70,6 +72,45 @@ class GivenUp(unittest.TestCase):
             )
         with self.assertRaises(errors.Invalid):
             volumes.delete(self.core, world.CALLER, self.volume_id)
+
+    def test_to_delete_a_reservation_stops_no_other_hosts_attach(self):
+        shared = volumes.create(
+            self.core, world.CALLER,
+            volumes.NewVolume(size_bytes=1 << 20, multiattach=True),
+        ).id
+        reserved = attachments.create(
+            self.core, world.CALLER, shared, ids.new()
+        )
+        self.give_up(shared, {'host': 'compute-2'})
+        with self.assertRaises(errors.Busy):
+            attachments.delete(self.core, world.CALLER, reserved.id)
+        self.world.recover()
+        attachments.delete(self.core, world.CALLER, reserved.id)
+        self.assertEqual(['compute-2'], [
+            row.host for row in self.world.all(models.Attachment)
+            if row.volume_id == shared and row.is_connected
+        ])
+
+    def test_who_detaches_waits_for_the_job_that_lets_somebody_in(self):
+        self.world.recover()
+        attachments.attach(
+            self.core, world.CALLER, self.volume_id, ids.new(), '/dev/vdb'
+        )
+        attachments.disconnect(
+            self.core, world.CALLER, self.volume_id, CONNECTOR
+        )
+        self.give_up(self.volume_id, CONNECTOR)
+        attachments.begin_detaching(
+            self.core, world.CALLER, self.volume_id
+        )
+        with self.assertRaises(errors.Busy):
+            attachments.detach(self.core, world.CALLER, self.volume_id)
+        self.world.recover()
+        self.assertEqual(1, len(self.reachable()))
+        attachments.detach(self.core, world.CALLER, self.volume_id)
+        self.assertEqual('available', self.status())
+        self.assertEqual(set(), self.reachable())
+        self.assertEqual([], self.world.disagreements())
 
     def test_detached_by_force_nothing_comes_after_it(self):
         attachments.detach(
@@ -138,6 +179,44 @@ class TwiceOnOneHost(unittest.TestCase):
         self.attach('one')
         self.assertEqual(2, len(self.reachable()))
 
+    def test_what_is_restored_for_one_host_another_does_not_stop(self):
+        self.attach('one')
+        reserved = attachments.create(
+            self.core, world.CALLER, self.volume_id, ids.new()
+        )
+        exporter = self.world.backends['b'].exporter
+        lost, = exporter.exported()
+        exporter.unexport(lost)
+        later = dataclasses.replace(self.core, hint=lambda *known: None)
+        self.assertEqual(
+            1, periodic.restore_exports(later, self.world.backends)
+        )
+        attachments.disconnect(
+            self.core, world.CALLER, self.volume_id, {'host': 'two'}
+        )
+        with self.assertRaises(errors.Busy):
+            attachments.delete(self.core, world.CALLER, reserved.id)
+        self.world.recover()
+        self.assertEqual({lost}, self.reachable())
+
+    def test_of_several_none_is_detached_unless_it_is_named(self):
+        self.attach('one')
+        reserved = attachments.create(
+            self.core, world.CALLER, self.volume_id, ids.new()
+        )
+        attachments.begin_detaching(
+            self.core, world.CALLER, self.volume_id
+        )
+        with self.assertRaisesRegex(errors.Invalid, 'attached 2 times'):
+            attachments.detach(self.core, world.CALLER, self.volume_id)
+        attachments.detach(
+            self.core, world.CALLER, self.volume_id, reserved.id
+        )
+        self.assertEqual(['one'], [
+            row.host for row in self.world.all(models.Attachment)
+        ])
+        self.assertEqual(1, len(self.reachable()))
+
     def test_who_cannot_serve_a_host_twice_refuses_before_anything(self):
         pool, = self.world.all(models.Pool)
         features = sorted({*pool.features} - {'export:twice_per_host'})
@@ -150,3 +229,181 @@ class TwiceOnOneHost(unittest.TestCase):
         self.assertEqual(1, len(self.reachable()))
         self.attach('two')
         self.assertEqual(2, len(self.reachable()))
+
+
+class Undone(unittest.TestCase):
+    """An attach fails, and what it has done cannot be undone."""
+
+    def setUp(self):
+        directory = fixtures.plain_directory(self)
+        self.world = world.World(
+            self, f'driver = file\ndirectories = {directory}\n'
+            'exporter = local',
+        )
+        self.core = self.world.core
+        self.volume_id = volumes.create(
+            self.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
+        ).id
+        exporter = self.exporter = self.world.backends['b'].exporter
+        self.unexport, export = exporter.unexport, exporter.export
+
+        def half(wanted):
+            export(wanted)
+            raise errors.Invalid('half way')
+
+        def stuck(attachment_id):
+            raise errors.Invalid('it cannot end')
+
+        exporter.export, exporter.unexport = half, stuck
+
+    def half_attach(self, begin):
+        reserved = begin()
+        with self.assertRaises(errors.VolumeError):
+            attachments.connect(
+                self.core, world.CALLER, self.volume_id, CONNECTOR,
+                attachment_id=reserved.id if reserved else None,
+            )
+        self.assertEqual('error_attaching', self.status())
+        with contextlib.suppress(errors.VolumeError):
+            attachments.unreserve(self.core, world.CALLER, self.volume_id)
+        self.assertEqual('error_attaching', self.status())
+        self.assertEqual(1, len(self.exporter.exported()))
+
+    def status(self):
+        return self.world.live(models.Volume)[self.volume_id].status
+
+    def test_reserved_or_not_it_is_known_and_can_be_detached(self):
+        for begin in (
+            lambda: None,
+            lambda: attachments.reserve(
+                self.core, world.CALLER, self.volume_id
+            ),
+            lambda: attachments.create(
+                self.core, world.CALLER, self.volume_id, ids.new()
+            ),
+        ):
+            with self.subTest(begin):
+                stuck = self.exporter.unexport
+                self.half_attach(begin)
+                self.exporter.unexport = self.unexport
+                attachments.detach(
+                    self.core, world.CALLER, self.volume_id, force=True
+                )
+                self.exporter.unexport = stuck
+                self.assertEqual('available', self.status())
+                self.assertEqual(set(), self.exporter.exported())
+                self.assertEqual([], self.world.all(models.Attachment))
+
+    def test_nobody_is_let_in_by_a_restart(self):
+        self.half_attach(lambda: None)
+        for attachment_id in self.exporter.exported():
+            self.unexport(attachment_id)
+        self.assertEqual(0, periodic.restore_exports(
+            self.core, self.world.backends
+        ))
+
+
+class Extending(unittest.TestCase):
+    """An extend of an attached volume, of which nobody knows the end."""
+
+    def test_it_can_be_detached_and_is_exported_again(self):
+        directory = fixtures.plain_directory(self)
+        made = world.World(
+            self, f'driver = file\ndirectories = {directory}\n'
+            'exporter = local',
+        )
+        volume_id = volumes.create(
+            made.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
+        ).id
+        attachments.connect(made.core, world.CALLER, volume_id, CONNECTOR)
+        attachments.attach(made.core, world.CALLER, volume_id, None, None)
+        made.db.write(lambda session: session.execute(
+            update(models.Volume).values(status='error_extending')
+        ))
+        exporter = made.backends['b'].exporter
+        there = exporter.exported()
+        for attachment_id in there:
+            exporter.unexport(attachment_id)
+        self.assertEqual(
+            1, periodic.restore_exports(made.core, made.backends)
+        )
+        made.recover()
+        self.assertEqual(there, exporter.exported())
+        attachments.detach(made.core, world.CALLER, volume_id)
+        attachments.disconnect(
+            made.core, world.CALLER, volume_id, CONNECTOR
+        )
+        self.assertEqual(set(), exporter.exported())
+
+
+class Differently(unittest.TestCase):
+    """What is asked for is not what the host has."""
+
+    def setUp(self):
+        directory = fixtures.plain_directory(self)
+        self.core = world.World(
+            self, f'driver = file\ndirectories = {directory}\n'
+            'exporter = local',
+        ).core
+        self.volume_id = volumes.create(
+            self.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
+        ).id
+
+    def test_an_attachment_is_not_told_to_another_host(self):
+        made = attachments.create(
+            self.core, world.CALLER, self.volume_id, ids.new(), CONNECTOR
+        )
+        with self.assertRaisesRegex(errors.Conflict, 'another host') as seen:
+            attachments.update(
+                self.core, world.CALLER, made.id, {'host': 'compute-2'}
+            )
+        self.assertNotIn('compute-1', str(seen.exception))
+        again = attachments.update(
+            self.core, world.CALLER, made.id, CONNECTOR
+        )
+        self.assertEqual(made.connection, again.connection)
+
+    def test_a_second_host_is_not_told_who_the_first_one_is(self):
+        attachments.connect(
+            self.core, world.CALLER, self.volume_id, CONNECTOR
+        )
+        with self.assertRaisesRegex(
+            errors.Invalid, 'is attached to another host'
+        ) as seen:
+            attachments.connect(
+                self.core, world.CALLER, self.volume_id, {'host': 'other'}
+            )
+        self.assertNotIn('compute-1', str(seen.exception))
+
+    def test_who_may_write_is_not_told_that_it_may_only_read(self):
+        attachments.connect(
+            self.core, world.CALLER, self.volume_id, CONNECTOR
+        )
+        with self.assertRaisesRegex(errors.Conflict, 'for writing'):
+            attachments.connect(
+                self.core, world.CALLER, self.volume_id, CONNECTOR,
+                mode='ro',
+            )
+
+    def test_a_volume_is_made_read_only_before_it_is_attached(self):
+        attachments.connect(
+            self.core, world.CALLER, self.volume_id, CONNECTOR
+        )
+        with self.assertRaisesRegex(errors.Invalid, 'status is attaching'):
+            self.make_read_only()
+        volumes.update(
+            self.core, world.CALLER, self.volume_id, readonly=False
+        )
+        attachments.disconnect(
+            self.core, world.CALLER, self.volume_id, CONNECTOR
+        )
+        self.assertTrue(self.make_read_only().readonly)
+        info = attachments.connect(
+            self.core, world.CALLER, self.volume_id, CONNECTOR
+        )
+        self.assertEqual('ro', info['data']['access_mode'])
+
+    def make_read_only(self):
+        return volumes.update(
+            self.core, world.CALLER, self.volume_id, readonly=True
+        )

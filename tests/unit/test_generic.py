@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from volume import errors
+from volume import progress
 from volume.drivers import generic
 from volume.node import Node
 
@@ -26,7 +28,12 @@ class FailingNode(Node):
     verb = ''
     number = 0
 
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.done: list[str] = []
+
     def act(self, what: str, effect: Callable[[], T]) -> T:
+        self.done.append(what)
         if self.verb and what.startswith(self.verb):
             try:
                 raise OSError(self.number, 'by the test')
@@ -112,6 +119,49 @@ class FileTest(unittest.TestCase):
                 writer.zero(0, 10)
             with self.assertRaises(errors.Unknown):
                 writer.commit()
+
+    def test_a_whole_volume_is_zeroed_in_pieces_that_are_told_and_stopped(
+        self,
+    ) -> None:
+        size = 5 * generic.ZERO_BYTES_MAX + 7
+        os.truncate(self.path, size)
+        told: list[tuple[int, int]] = []
+
+        def watch(done_bytes: int, total_bytes: int) -> None:
+            told.append((done_bytes, total_bytes))
+            if requests == 1:
+                raise errors.Cancelled('enough')
+
+        for requests in 6, 1:
+            self.node.done.clear()
+            with generic.file_writer(self.node, self.path, size) as writer:
+                with progress.watching(watch), contextlib.suppress(
+                    errors.Cancelled
+                ):
+                    writer.zero(0, size)
+            self.assertEqual(
+                requests, sum('zero' in what for what in self.node.done))
+            self.assertEqual((generic.ZERO_BYTES_MAX, size), told.pop(0))
+
+    def test_zeros_that_are_written_keep_to_the_rate(self) -> None:
+        # What has to be freed costs nothing, whatever the rate.
+        with progress.watching(None, 1):
+            with generic.file_writer(self.node, self.path, SIZE) as writer:
+                writer.zero(0, SIZE)
+        waits = []
+
+        def watch(done_bytes: int, total_bytes: int) -> None:
+            waits.append(done_bytes)
+            if len(waits) > 2:
+                raise errors.Cancelled('enough')
+
+        with generic.file_writer(self.node, '/dev/null', 0) as writer:
+            writer.size_bytes = SIZE  # no holes: it has to be written
+            with progress.watching(watch, 1), self.assertRaises(
+                errors.Cancelled
+            ):
+                progress.tell(0, SIZE)
+                writer.zero(0, SIZE)
 
     def test_after_a_failed_write_or_sync_nothing_is_committed(self) -> None:
         for verb, call in (

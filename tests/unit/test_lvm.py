@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the lvm driver makes of names, tags, reports, failures and deltas."""
 
+import base64
 import json
 import unittest
+import zlib
 
 from tests.unit import lvm_recorded
 from volume import errors
@@ -58,6 +60,13 @@ class Names(unittest.TestCase):
         self.assertGreater(len(tags), 1)
         for left in tags[1:], ['note:0:%%'], ['note:0:QUJD'], ['note:x:1']:
             self.assertEqual({}, names.note_of(left))
+
+    def test_note_that_somebody_made_to_do_harm_is_none(self):
+        for text in b'[' * 60000, b'[1]', b'9' * 60000, b'\xff':
+            packed = base64.b64encode(zlib.compress(text)).decode()
+            with self.subTest(text[:3]):
+                self.assertEqual(
+                    {}, names.note_of([f'note:0:{packed}']))
 
 
 class Reports(unittest.TestCase):

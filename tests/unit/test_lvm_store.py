@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the lvm driver does where others, or a crash, have been before it."""
 
+import functools
 import unittest
 
 from tests import lvm
@@ -11,19 +12,25 @@ from volume import progress
 from volume.cli import manage_lvm
 from volume.drivers.lvm import driver
 from volume.drivers.lvm import options
+from volume.drivers.lvm import wiping
 from volume.testing import fixtures
 from volume.testing import workbench
 
 SIZE = 4 * lvm.EXTENT
 
 
+def cancel(done_bytes, total_bytes):
+    raise errors.Cancelled('a person wants it')
+
+
 class Case(unittest.TestCase):
 
     provisioning = 'thin'
+    extents = 256
 
     def setUp(self):
         self.world = lvm.World(
-            fixtures.directory(self), 256,
+            fixtures.directory(self), self.extents,
             has_pool=self.provisioning == 'thin',
         )
         self.node = lvm.SimNode(fixtures.state_dir(self))
@@ -119,6 +126,52 @@ class ThinTest(Case):
         self.assertEqual(['pool'], list(self.world.lvs))
         self.volume(seed=1)
 
+    def test_what_others_depend_on_stays_with_them(self):
+        volume = self.volume(seed=1)
+        snapshot = model.Snapshot(ids.new(), volume, SIZE)
+        self.driver.snapshot(snapshot)
+        whole, kept = f'volume-{volume.id}', f'snap-{snapshot.id}'
+        # A backup tool's snapshot of the old kind, and a thin volume that
+        # another pool has made of a read-only one.
+        for origin, deed in (
+            (whole, self.driver.revert), (kept, self.driver.delete_snapshot),
+        ):
+            backup = f'backup-{origin[:4]}'
+            self.lvm('lvcreate', '-s', '-n', backup, '-l', '1',
+                     f'{lvm.GROUP}/{origin}')
+            self.assert_stays(
+                origin, backup, functools.partial(deed, snapshot))
+        child = self.world._new('child', 'thin', SIZE)
+        child.origin, child.pool = kept, 'another'
+        self.lvm('lvremove', f'{lvm.GROUP}/backup-snap')
+        with open(self.world._file(child), 'wb'):
+            pass
+        self.assert_stays(
+            kept, 'child', lambda: self.driver.delete_snapshot(snapshot))
+        self.lvm('lvremove', f'{lvm.GROUP}/child')
+        self.driver.delete_snapshot(snapshot)
+        self.assert_stays(
+            whole, 'backup-volu', lambda: self.driver.delete(volume))
+        self.assert_seed(volume, 1)
+
+    def test_origin_of_another_pool_is_not_adopted(self):
+        volume = self.wish()
+        self.lvm('lvcreate', '-n', 'data', '-V', '65536b', lvm.GROUP)
+        child = self.world._new('child', 'thin', SIZE)
+        child.origin, child.pool = 'data', 'another'
+        self.assert_stays(
+            'data', 'child', lambda: self.driver.adopt('data', volume))
+        child.pool = 'pool'
+        self.driver.adopt('data', volume)
+
+    def assert_stays(self, name, other, deed):
+        before = set(self.world.lvs)
+        with self.assertRaisesRegex(
+            errors.Busy, f'{lvm.GROUP}/{name} has {lvm.GROUP}/{other}, which'
+        ):
+            deed()
+        self.assertEqual(before, set(self.world.lvs))
+
     def test_damaged_metadata_are_found_and_released_again(self):
         self.world.damaged = True
         row, = self.checked({})
@@ -176,6 +229,41 @@ class ThickTest(Case):
         self.assertIn(name, self.world.lvs)
         self.assertEqual(name, self.driver.adopt(name, volume))
         self.assertEqual(volume.id, self.driver.inspect(volume).id)
+
+    def test_what_somebody_has_built_on_a_volume_is_not_wiped_under_him(
+        self,
+    ):
+        volume = self.volume(seed=1)
+        name = f'volume-{volume.id}'
+        child = self.world._new('child', 'thin', SIZE)
+        child.origin, child.pool = name, 'another'
+        with self.assertRaisesRegex(errors.Busy, 'has sim-vg/child, which'):
+            self.driver.delete(volume)
+        self.assert_seed(volume, 1)
+        # Also not if he came when it was called deleted already.
+        self.lvm('lvrename', lvm.GROUP, name, f'deleted-{volume.id}')
+        for deed in (
+            lambda: self.driver.delete(volume),
+            lambda: self.driver.upkeep(lvm.GROUP),
+        ):
+            with self.assertRaisesRegex(errors.Busy, 'has sim-vg/child'):
+                deed()
+        self.lvm('lvrename', lvm.GROUP, f'deleted-{volume.id}', name)
+        self.assert_seed(volume, 1)
+
+    def test_extents_that_were_zeroed_are_not_discarded_on_the_way(self):
+        self.world.discards = True
+        volume = self.volume(seed=1)
+        self.driver.resize(volume, 2 * SIZE)
+        found = workbench.content(self.driver, volume)
+        self.assertEqual(workbench.pattern(1, SIZE), found[:SIZE])
+        self.assertFalse(any(found[SIZE:]))
+        # And where nothing new is wiped, zeros that were left are relied on.
+        self.driver = self.make_driver(wipe='delete')
+        self.driver.delete(volume)
+        self.assertEqual(
+            2 * SIZE // lvm.EXTENT,
+            self.world.disk.count(bytes(lvm.EXTENT)))
 
     def test_extents_that_others_had_in_between_are_zeroed_again(self):
         volume = self.volume(seed=1)
@@ -245,6 +333,44 @@ class ThickTest(Case):
         self.assertEqual({}, self.world.lvs)
         self.assertEqual(4, self.world.disk.count(bytes(lvm.EXTENT)))
 
+    def test_full_group_is_no_reason_not_to_make_room_in_it(self):
+        self.driver = self.make_driver(snapshot_percent=10)
+        volume, other = self.volume(seed=1), self.volume(seed=2)
+        snapshot = model.Snapshot(ids.new(), volume, SIZE)
+        self.driver.snapshot(snapshot)
+        filling = self.world.lvs[f'snap-{snapshot.id}']
+        filling.filled = 90.0
+        self.lvm('lvrename', lvm.GROUP, f'volume-{other.id}',
+                 f'deleted-{other.id}')
+        self.lvm('lvcreate', '-n', 'strange', '-l',
+                 str(len(self.world.free)), lvm.GROUP)
+        count = len(filling.extents)
+        with self.assertRaises(errors.NoSpace):
+            self.driver.upkeep(lvm.GROUP)
+        self.assertNotIn(f'deleted-{other.id}', self.world.lvs)
+        self.assertTrue(self.driver.upkeep(lvm.GROUP))
+        self.assertGreater(len(filling.extents), count)
+
+    def test_one_that_cannot_be_removed_keeps_no_other_from_it(self):
+        names = []
+        for number in range(3):
+            volume = self.volume(seed=number)
+            names.append(f'deleted-{volume.id}')
+            self.lvm('lvrename', lvm.GROUP, f'volume-{volume.id}', names[-1])
+        activate = self.world._lvchange
+
+        def refuse(words):
+            if words[-1].endswith(names[0]):
+                raise lvm.Said(f'Couldn\'t find device for {words[-1]}')
+            activate(words)
+
+        self.world._lvchange = refuse
+        self.world.lvs[names[0]].active = False
+        for _ in range(2):
+            with self.assertRaisesRegex(errors.Unavailable, 'find device'):
+                self.driver.upkeep(lvm.GROUP)
+        self.assertEqual([names[0]], list(self.world.lvs))
+
     def test_missing_disk_stops_what_is_new_and_nothing_else(self):
         volume = self.volume(seed=1)
         self.world.missing = True
@@ -300,3 +426,67 @@ class ThickTest(Case):
                 self.driver.delete(volume)
                 left = self.world.disk.count(b'\x5a' * lvm.EXTENT)
                 self.assertEqual(0 if is_old_zero else 4, left)
+
+
+class LongWipeTest(Case):
+    """What is so large that upkeep wipes it in pieces."""
+
+    provisioning = 'thick'
+    extents = 600
+
+    def make_driver(self, **wanted):
+        made = super().make_driver(**wanted)
+        made._store(lvm.GROUP).upkeep_s = 0.0  # one piece at a time
+        return made
+
+    def deleted(self):
+        """Return a volume of three pieces, full, and called deleted."""
+        volume = model.Volume(
+            ids.new(), lvm.GROUP, 2 * wiping.CHUNK_BYTES + lvm.EXTENT)
+        self.driver.create(volume)
+        with self.driver.writer(volume) as writer:
+            writer.write(b'\x5a' * volume.size_bytes)
+            writer.commit()
+        self.lvm('lvrename', lvm.GROUP, f'volume-{volume.id}',
+                 f'deleted-{volume.id}')
+        return volume
+
+    def test_upkeep_wipes_a_piece_and_whoever_comes_goes_on_from_there(
+        self,
+    ):
+        for ends in (
+            lambda volume: self.driver.upkeep(lvm.GROUP),
+            lambda volume: self.driver.delete(volume),
+        ):
+            with self.subTest(ends):
+                volume = self.deleted()
+                lv = self.world.lvs[f'deleted-{volume.id}']
+                self.assertTrue(self.driver.upkeep(lvm.GROUP))
+                self.assertIn(f'wiped:{wiping.CHUNK_BYTES}', lv.tags)
+                # It is not wiped twice: nobody has written to it but we.
+                with open(self.world._file(lv), 'r+b') as f:
+                    f.write(b'mark')
+                self.driver = self.make_driver()
+                while lv.name in self.world.lvs:
+                    ends(volume)
+                self.assertIn(
+                    b'mark'.ljust(lvm.EXTENT, b'\0'), self.world.disk)
+                self.assertNotIn(b'\x5a' * lvm.EXTENT, self.world.disk)
+
+    def test_what_was_taken_back_by_hand_is_wiped_from_its_beginning(self):
+        volume = self.deleted()
+        self.driver.upkeep(lvm.GROUP)
+        self.lvm('lvrename', lvm.GROUP, f'deleted-{volume.id}',
+                 f'volume-{volume.id}')
+        with self.driver.writer(volume) as writer:
+            writer.write(b'\x5a' * lvm.EXTENT)
+            writer.commit()
+        # Whoever was to wipe it dies, and upkeep comes.
+        with progress.watching(cancel), self.assertRaises(
+            errors.Cancelled
+        ):
+            self.driver.delete(volume)
+        while self.driver.upkeep(lvm.GROUP):
+            pass
+        self.assertEqual({}, self.world.lvs)
+        self.assertNotIn(b'\x5a' * lvm.EXTENT, self.world.disk)

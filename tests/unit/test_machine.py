@@ -248,7 +248,8 @@ class OpenedTest(MachineCase):
             named.write(b'x' * size)
             named.flush()
             with self.node.open(named.name, 'r+b') as file:
-                file.zero_out(5, size - 10, may_free)
+                is_freed = file.zero_out(5, size - 10, may_free)
+                self.assertEqual(may_free, is_freed)
                 self.assertEqual(size, file.size_bytes)
                 found = file.read(size)
             self.assertEqual(
@@ -262,7 +263,7 @@ class OpenedTest(MachineCase):
 
     def test_device_without_any_way_to_make_zeros_is_written(self) -> None:
         with self.node.open('/dev/null', 'r+b') as file:
-            file.zero_out(0, 1 << 21)
+            self.assertFalse(file.zero_out(0, 1 << 21, may_free=True))
         with self.assertRaises(errors.NoSpace):
             with self.node.open('/dev/full', 'r+b') as file:
                 file.zero_out(0, 1 << 21)

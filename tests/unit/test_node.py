@@ -2,15 +2,18 @@
 """The door to the machine: commands within limits, files that are durable."""
 
 import errno
+import fcntl
 import os
 import signal
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
 import unittest
 
+from tests import hung
 from volume import errors
 from volume import node as nodes
 from volume.testing import fixtures
@@ -93,6 +96,38 @@ class Command(unittest.TestCase):
             self.python(f'import os; os.close(1); os.close(2); {FOREVER}',
                         timeout_s=0.5)
         self.assert_no_child()
+
+    def test_command_that_cannot_be_killed_keeps_nobody_waiting(self):
+        def cancels(percent):
+            raise errors.Cancelled('a person wants it')
+
+        disk = hung.Hung(self)
+        disk.stick()
+        lock, path = tempfile.mkstemp()
+        self.addCleanup(os.unlink, path)
+        token = nodes.held.set((lock,))
+        self.addCleanup(nodes.held.reset, token)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for watch, words in (
+            (None, 'stat did not end within 0.5 s; stat was killed and has'),
+            (cancels, 'a person wants it; stat was killed and has'),
+        ):
+            with self.assertRaisesRegex(errors.Unknown, words):
+                self.node.run(
+                    'stat', disk.path, watch=watch,
+                    timeout_s=60 if watch else 0.5,
+                )
+        # Nobody can work beside it; and once it is free, it is reaped.
+        os.close(lock)
+        with open(path) as another:
+            with self.assertRaises(BlockingIOError):
+                fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            disk.end()
+            fcntl.flock(another, fcntl.LOCK_EX)
+        for thread in threading.enumerate():
+            if thread.name.startswith('reap-'):
+                thread.join(20)
+                self.assertFalse(thread.is_alive())
 
     def test_output_is_bounded(self):
         for stream in 'stdout', 'stderr':

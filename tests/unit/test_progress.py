@@ -4,6 +4,7 @@
 import contextvars
 import threading
 import time
+import types
 import unittest
 
 from tests.unit.journal_case import JournalCase
@@ -12,8 +13,10 @@ from tests.unit.test_concurrency import START
 from volume import concurrency
 from volume import errors
 from volume import journal
+from volume import periodic
 from volume import progress
 from volume.db import models
+from volume.drivers import base
 
 
 class Told(unittest.TestCase):
@@ -52,6 +55,21 @@ class Told(unittest.TestCase):
             self.assertEqual([], self.heard)
             progress.tell(2, 2)
         self.assertEqual([(2, 2)], self.heard)
+
+    def test_work_in_the_background_keeps_to_the_rate_as_well(self):
+        class Tends(base.Upkeep):
+            def upkeep(self, pool):
+                progress.tell(1, 2)
+                progress.pace(progress.CREDIT_S * 1000 + 300)
+                return True
+
+        driver, begun_at = Tends(), time.monotonic()
+        periodic.upkeep([types.SimpleNamespace(
+            is_up=True, driver=driver, pools=['one'], name='backend',
+            feature=lambda pool, name: True,
+            call=lambda name, *args: getattr(driver, name)(*args),
+        )], 1000)
+        self.assertGreater(time.monotonic() - begun_at, 0.25)
 
     def test_it_is_seen_where_the_node_blocks(self):
         with progress.watching(self.hear):

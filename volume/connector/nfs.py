@@ -4,6 +4,9 @@
 The mount is made for the first volume that needs it and removed with the
 last; a file beside it stands for each. The file is the volume if it has the
 volume's name: there is nothing else to know it by.
+
+A server that does not answer keeps whoever asks for as long as it pleases. So
+what asks it is a command with a time limit, and never we ourselves.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import hashlib
 import os
 import re
 import socket
+import stat
+from collections.abc import Mapping
 from typing import ClassVar
 
 from volume import errors
@@ -25,11 +30,20 @@ from volume.node import CommandFailed
 from volume.node import Node
 
 MOUNT_S = 60.0
+LOOK_S = 30.0
+FLUSH_S = 120.0  # for what this host has not written yet
 _EXPORT = re.compile(
     r'(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):/[!-~]*'
 )
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,254}')
 _OPTIONS = re.compile(r'(-o )?[A-Za-z0-9_.,=:-]*')
+# What it says by our system's words.
+MEANING: Mapping[str, type[errors.VolumeError]] = {
+    'No such file or directory': errors.NotFound,
+    'Stale file handle': errors.Denied,
+    'Permission denied': errors.Denied,
+    'Operation not permitted': errors.Denied,
+}
 # What a server may not bring to this host by its files.
 SAFE = 'nosuid,nodev,noexec'
 
@@ -42,6 +56,7 @@ class NfsConnector(base.Connector):
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        self.flush_s = FLUSH_S
 
     def host(self) -> model.Host:
         return model.Host(socket.gethostname())
@@ -56,16 +71,11 @@ class NfsConnector(base.Connector):
             self.node.write(asked.use, asked.path.encode())
             if not self._is_mounted(asked):
                 self._mount(asked)
-            found = self.node.about(asked.path)
-            if found is None or found.kind != 'file':
-                raise errors.NotFound(
-                    f'{asked.export} has no file {asked.name}'
-                )
-            if found.size_bytes < asked.size_bytes:
+            size_bytes = self._size(asked)
+            if size_bytes < asked.size_bytes:
                 raise errors.Conflict(
-                    f'{asked.path} has {found.size_bytes} bytes, and the '
-                    f'volume {asked.size_bytes}: its node has to be looked '
-                    'at'
+                    f'{asked.path} has {size_bytes} bytes, and the volume '
+                    f'{asked.size_bytes}: its node has to be looked at'
                 )
             undo.pop_all()
         return asked.path
@@ -73,12 +83,13 @@ class NfsConnector(base.Connector):
     def detach(self, connection: model.Connection) -> None:
         asked = Asked(connection, self.node)
         with self._alone(asked):
+            is_over = False
             if self._is_mounted(asked):
-                disks.need_free(self.node, asked.path, asked.name)
-                with contextlib.suppress(errors.NotFound):
-                    with self.node.open(asked.path) as f:
-                        f.sync()
-            self._let_go(asked)
+                try:
+                    self._flush(asked)
+                except errors.Denied:
+                    is_over = True  # and nothing can be written any more
+            self._let_go(asked, is_over)
 
     def present(self, connection: model.Connection) -> str:
         asked = Asked(connection, self.node)
@@ -87,7 +98,64 @@ class NfsConnector(base.Connector):
 
     def extend(self, connection: model.Connection) -> int:
         # The client asks the server; there is nothing to set up.
-        return self.node.size(Asked(connection, self.node).path)
+        return self._size(Asked(connection, self.node))
+
+    def _size(self, asked: Asked) -> int:
+        """Return how large the file is.
+
+        :raises NotFound: there is none
+        """
+        said = self._ask(asked, LOOK_S, 'stat', '-c', '%f %s', asked.path)
+        mode, size_bytes = said.split()
+        if not stat.S_ISREG(int(mode, 16)):
+            raise errors.NotFound(
+                f'{asked.export} has no file {asked.name}'
+            )
+        return int(size_bytes)
+
+    def _flush(self, asked: Asked) -> None:
+        """Have stored what this host has written, which nobody uses now.
+
+        :raises Busy: somebody does
+        :raises Denied: the access has ended
+        """
+        try:
+            # First, as to look for users waits for the server without a
+            # limit; and again, for what they have written until they ended.
+            self._ask(asked, self.flush_s, 'sync', asked.path)
+            disks.need_free(self.node, asked.path, asked.name)
+            self._ask(asked, self.flush_s, 'sync', asked.path)
+        except errors.NotFound:
+            return
+        except errors.Unavailable as failed:
+            raise errors.Unavailable(
+                f'what was written to {asked.name} cannot be stored '
+                f'({failed}); see to its node, or end its access with '
+                '"volume force-detach" and lose it'
+            ) from failed
+
+    def _ask(self, asked: Asked, timeout_s: float, *argv: str) -> str:
+        """Run what asks the server.
+
+        :raises NotFound: it has no such file
+        :raises Denied: it lets us in no more
+        :raises Unavailable: it does not answer, or cannot
+        """
+        try:
+            return self.node.run(*argv, timeout_s=timeout_s)
+        except CommandFailed as failed:
+            for words, kind in MEANING.items():
+                if words in failed.stderr:
+                    raise kind(
+                        f'{asked.export} {asked.name}: {words.lower()}'
+                    ) from failed
+            raise errors.Unavailable(
+                f'{asked.export} {asked.name}: {failed}'
+            ) from failed
+        except errors.Unknown as failed:
+            raise errors.Unavailable(
+                f'the server of {asked.export} does not answer: {failed}'
+            ) from failed
 
     def _mount(self, asked: Asked) -> None:
         options = ','.join(filter(None, (asked.options, SAFE)))
@@ -107,14 +175,18 @@ class NfsConnector(base.Connector):
                 f'{asked.export} cannot be mounted: {failed}'
             ) from failed
 
-    def _let_go(self, asked: Asked) -> None:
+    def _let_go(self, asked: Asked, is_over: bool = False) -> None:
         if self.node.exists(asked.uses):
             self.node.unlink(asked.use)
             if self.node.list(asked.uses):
                 return
         if self._is_mounted(asked):
             try:
-                self.node.run('umount', asked.directory, timeout_s=MOUNT_S)
+                # A server that lets us in no more would refuse the rest.
+                self.node.run(
+                    'umount', *(['-l'] if is_over else []), asked.directory,
+                    timeout_s=MOUNT_S,
+                )
             except CommandFailed as failed:
                 raise errors.Busy(
                     f'{asked.directory} is in use: {failed}'

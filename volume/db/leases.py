@@ -44,7 +44,7 @@ def take(
             table.id == row_id,
             table.status.in_(statuses),
             table.deleted_at.is_(None),
-            _free(table),
+            free(table),
             table.lease_shared == 0,
         )
         .values(lease_job=job_id, **values)
@@ -70,7 +70,7 @@ def take_many(
             table.id.in_(row_ids),
             table.status.in_(statuses),
             table.deleted_at.is_(None),
-            _free(table),
+            free(table),
             table.lease_shared == 0,
         )
         .values(lease_job=job_id)
@@ -88,7 +88,7 @@ def share(
             table.id == row_id,
             table.status.in_(statuses),
             table.deleted_at.is_(None),
-            _free(table),
+            free(table),
         )
         .values(lease_shared=table.lease_shared + 1)
         .execution_options(synchronize_session=False)
@@ -110,7 +110,7 @@ def move(
             table.id == row_id,
             table.status.in_(statuses),
             table.deleted_at.is_(None),
-            _free(table),
+            free(table),
         )
         .values(**values)
         .execution_options(synchronize_session=False)
@@ -141,7 +141,7 @@ def unshare(session: Session, table: Leased, row_id: str) -> None:
     )
 
 
-def _free(table: Leased) -> ColumnElement[bool]:
+def free(table: Leased) -> ColumnElement[bool]:
     """Return the condition that no open job holds the row.
 
     The job is looked up by its id alone: MariaDB tells a transaction that a

@@ -415,7 +415,9 @@ class FileDriver(
         """Return the note; a broken one is none, for it is only a note."""
         try:
             note = json.loads(self.node.read(self._note(volume)))
-        except (errors.NotFound, errors.Invalid, ValueError):
+        except (
+            errors.NotFound, errors.Invalid, ValueError, RecursionError
+        ):
             return {}
         if not isinstance(note, dict):
             return {}

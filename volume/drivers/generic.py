@@ -12,17 +12,22 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from volume import errors
 from volume import ids
 from volume import model
+from volume import progress
 from volume.blockd import PRIVATE
 from volume.drivers.base import Reader
 from volume.drivers.base import Writer
 from volume.nbd import NbdClient
 from volume.node import File
 from volume.node import Node
+
+T = TypeVar('T')
+
+ZERO_BYTES_MAX = 32 * model.MIB
 
 
 @contextlib.contextmanager
@@ -128,6 +133,17 @@ def check_run(what: str, offset: int, length: int, size_bytes: int) -> None:
         )
 
 
+def _pieces(length_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield where each piece of a run begins, and its length; tell of each.
+
+    One request for all of it might take hours, and nobody could stop it.
+    """
+    for done in range(0, length_bytes, ZERO_BYTES_MAX):
+        count = min(ZERO_BYTES_MAX, length_bytes - done)
+        yield done, count
+        progress.tell(done + count, length_bytes)
+
+
 @contextlib.contextmanager
 def _private(
     node: Node, blocknode: Mapping[str, Any], writable: bool
@@ -225,10 +241,14 @@ class _FileWriter(Writer):
 
     def zero(self, offset_bytes: int, length_bytes: int) -> None:
         check_run(self._path, offset_bytes, length_bytes, self.size_bytes)
-        if length_bytes:
-            self._try(lambda: self._file.zero_out(
-                offset_bytes, length_bytes, may_free=True
-            ))
+        for done, count in _pieces(length_bytes):
+            if not self._zero_piece(offset_bytes + done, count):
+                progress.pace(count)
+
+    def _zero_piece(self, offset_bytes: int, length_bytes: int) -> bool:
+        return self._try(lambda: self._file.zero_out(
+            offset_bytes, length_bytes, may_free=True
+        ))
 
     def commit(self) -> None:
         if self._failed:
@@ -239,9 +259,9 @@ class _FileWriter(Writer):
             )
         self._try(self._file.sync)
 
-    def _try(self, effect: Callable[[], object]) -> None:
+    def _try(self, effect: Callable[[], T]) -> T:
         try:
-            effect()
+            return effect()
         except BaseException:
             self._failed = True
             raise
@@ -311,6 +331,10 @@ class _NbdWriter(Writer):
 
     def zero(self, offset_bytes: int, length_bytes: int) -> None:
         check_run('the volume', offset_bytes, length_bytes, self.size_bytes)
+        for done, count in _pieces(length_bytes):
+            self._zero_piece(offset_bytes + done, count)
+
+    def _zero_piece(self, offset_bytes: int, length_bytes: int) -> None:
         self._try(
             'nbd zero', lambda: self._client.zero(offset_bytes, length_bytes)
         )

@@ -592,7 +592,7 @@ def _sidecar(pool: PoolDirectory, volume: model.Volume) -> dict[str, str]:
     """Return the note; a broken one is none, for it is only a note."""
     try:
         note = json.loads(pool.node.read(_note(pool, volume)))
-    except (errors.NotFound, errors.Invalid, ValueError):
+    except (errors.NotFound, errors.Invalid, ValueError, RecursionError):
         return {}
     if not isinstance(note, dict):
         return {}

@@ -72,7 +72,10 @@ def export(job: Job) -> Effect:
         )
         session.execute(
             sql_update(table)
-            .where(table.id == attachment_id, table.status == 'reserved')
+            .where(
+                table.id == attachment_id,
+                table.status.in_(('reserved', 'error_attaching')),
+            )
             .values(status='attaching')
             .execution_options(synchronize_session=False)
         )
@@ -98,14 +101,38 @@ def unexport(job: Job) -> None:
 def _not_attached(job: Job, error: errors.VolumeError) -> Effect:
     # The caller is told; it ends its reservation, or tries again. Where
     # there was none, the volume is again what its attachments say.
+    if not job.undone and not job.args.get('is_connected'):
+        return _half_attached(job, error)
     if job.args.get('was') != 'available':
         return lambda session: None
-    if not job.undone:
-        return rows.volume(
-            job, status='error_attaching',
-            reason=f'an attachment could not be undone: {error}',
-        )
     return rows.volume(job, status=access.settled())
+
+
+def _half_attached(job: Job, error: errors.VolumeError) -> Effect:
+    """Note that the host may reach the volume, so that it can be detached."""
+    row, connector, node = job.volume_row(), job.args['connector'], _node(job)
+    attachment_id, now = job.args['attachment_id'], job.db.clock()
+    volume = rows.volume(
+        job, status=access.settled(),
+        reason=f'an attachment could not be undone: {error}',
+    )
+
+    def effect(session: Session) -> None:
+        made = session.get(models.Attachment, attachment_id)
+        if made is None:  # it is new, or was given up meanwhile
+            made = models.Attachment(
+                id=attachment_id, volume_id=row.id,
+                project_id=row.project_id, backend=row.backend,
+                mode=job.args.get('mode', 'rw'), created_at=now,
+            )
+            session.add(made)
+        made.status = 'error_attaching'
+        made.host, made.connector = connector['host'], dict(connector)
+        made.connection, made.is_connected, made.node = {}, True, node
+        session.flush()
+        volume(session)
+
+    return effect
 
 
 def disconnect(job: Job) -> Effect:

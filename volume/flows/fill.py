@@ -18,6 +18,7 @@ from typing import Any
 
 from volume import errors
 from volume import model
+from volume import progress
 from volume.drivers import base
 from volume.flows.image_out import upload as upload
 from volume.flows.way import fd_path
@@ -436,13 +437,15 @@ def _copy_into(
     with driver.writer(volume) as writer:
         known = extents() if extents else [model.Extent(0, size_bytes, False)]
         writer.expect(_expected(known, size_bytes, writer.size_bytes))
-        digest = copy.copy(
-            source, writer, size_bytes,
-            extents=extents() if extents else None,
-            zero=None if fresh else writer.zero,
-            algorithm=wanted.algorithm if wanted else None,
-            rate_bytes_per_s=way.rate_bytes_per_s, watch=way.watch,
-        )
+        # The copy tells how far it is; a run of zeros knows of itself alone.
+        with progress.watching(None, way.rate_bytes_per_s or 0):
+            digest = copy.copy(
+                source, writer, size_bytes,
+                extents=extents() if extents else None,
+                zero=None if fresh else writer.zero,
+                algorithm=wanted.algorithm if wanted else None,
+                rate_bytes_per_s=way.rate_bytes_per_s, watch=way.watch,
+            )
         if not fresh and size_bytes < writer.size_bytes:
             writer.zero(size_bytes, writer.size_bytes - size_bytes)
         if wanted is not None:

@@ -23,7 +23,13 @@ def limit(job: Job) -> Effect:
 
 
 def _not_limited(job: Job, error: errors.VolumeError) -> Effect:
-    return rows.volume(job, reason=f'it was not limited: {error}')
+    reason = f'it was not limited: {error}'
+    if job.args['native'] and isinstance(error, errors.Unknown):
+        reason = (
+            'which limits it has on its storage is not known, set them '
+            f'again: {error}'
+        )
+    return rows.volume(job, reason=reason)
 
 
 FLOW = journal.Flow('limit', (journal.Step(limit),), failed=_not_limited)

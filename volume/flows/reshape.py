@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 
+from sqlalchemy import case
 from sqlalchemy.orm import Session
 
 from volume import errors
@@ -37,7 +38,13 @@ def _not_extended(job: Job, error: errors.VolumeError) -> Effect:
     try:
         found_bytes = job.backend.call('inspect', job.volume()).size_bytes
     except errors.VolumeError:
-        return rows.volume(job, status='error_extending', reason=str(error))
+        # One that hosts use stays in use: it can still be detached.
+        return rows.volume(
+            job, reason=str(error), status=case(
+                (access.settled() == 'available', 'error_extending'),
+                else_=access.settled(),
+            ),
+        )
     if found_bytes >= size_bytes:
         # It has; at worst its hosts see that when they attach it anew.
         return rows.volume(

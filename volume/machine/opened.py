@@ -71,16 +71,21 @@ class Opened:
 
     def zero_out(
         self, offset_bytes: int, length_bytes: int, may_free: bool = False
-    ) -> None:
-        """Make a run read as zeros by the quickest way that there is."""
+    ) -> bool:
+        """Make a run read as zeros by the quickest way that there is.
+
+        Say whether what it stored was freed, and nothing was written.
+        """
         for way in self._ways(may_free):
             try:
                 way(offset_bytes, length_bytes)
-                return
             except OSError as failed:
                 if failed.errno not in NO_ZEROS:
                     raise
+            else:
+                return bool(way == self.punch)
         self._write_zeros(offset_bytes, length_bytes)
+        return False
 
     def find(self, offset_bytes: int, is_data: bool) -> int:
         """Return where the next data, or the next hole, begins.

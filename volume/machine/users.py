@@ -3,15 +3,19 @@
 
 Used by is: a process that has it open, a mount, swap, a device that is built
 on it (device-mapper, md, loop), and any of these on one of its partitions.
-Only root sees it all.
+Only root sees it all. No file of a server is looked at but the one that is
+asked about: another's may be dead, and its files keep who looks for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 from collections.abc import Iterator
+
+from volume.machine.mounts import Mounts
 
 # They keep devices open, or look into them, and use no byte of them.
 WATCHERS = frozenset({
@@ -30,10 +34,13 @@ def users(path: str) -> list[str]:
         return []
     if not stat.S_ISBLK(found.st_mode):
         key = (found.st_dev, found.st_ino)
-        return _few([*_processes(set(), key), *_loops(path)])
+        return _few([
+            *_processes(set(), key, {found.st_ino}), *_loops(path)
+        ])
     devices = _with_partitions(found.st_rdev)
     named = [
-        *_processes(devices, None), *_mounts(devices), *_swaps(devices),
+        *_processes(devices, None, {found.st_ino, *_inodes(devices)}),
+        *_mounts(devices), *_swaps(devices),
         *_holders(devices),
     ]
     # Asked last, and only said if nobody else could be named.
@@ -57,11 +64,25 @@ def _with_partitions(device: int) -> set[int]:
     return found
 
 
+def _inodes(devices: set[int]) -> Iterator[int]:
+    """Yield the numbers of the files that stand for devices."""
+    for device in devices:
+        about = _text(f'{BLOCK}/{_number(device)}/uevent')
+        for line in about.splitlines():
+            name, _, value = line.partition('=')
+            if name == 'DEVNAME':
+                with contextlib.suppress(OSError):
+                    yield os.stat(f'/dev/{value}').st_ino
+
+
 def _processes(
-    devices: set[int], file: tuple[int, int] | None
+    devices: set[int], file: tuple[int, int] | None, inodes: set[int]
 ) -> Iterator[str]:
+    mounts, of = Mounts(), file[0] if file else None
     for pid in _pids():
         for fd in _names(f'/proc/{pid}/fd'):
+            if not mounts.may_look(pid, fd, of, inodes):
+                continue
             try:
                 found = os.stat(f'/proc/{pid}/fd/{fd}')
             except OSError:
@@ -94,7 +115,9 @@ def _mounts(devices: set[int]) -> Iterator[str]:
 
 def _swaps(devices: set[int]) -> Iterator[str]:
     for line in _text('/proc/swaps').splitlines()[1:]:
-        path = line.split(' ')[0].split('\t')[0]
+        path, kind = line.split()[:2]
+        if kind != 'partition':
+            continue
         try:
             found = os.stat(path)
         except OSError:

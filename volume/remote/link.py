@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -64,12 +65,17 @@ class Link:
     """A child process that is the connection; it is used once."""
 
     def __init__(
-        self, name: str, argv: Sequence[str], explain: Callable[[str], str]
+        self,
+        name: str,
+        argv: Sequence[str],
+        explain: Callable[[str], str],
+        silence_s: float = wire.SILENCE_S,
     ) -> None:
         self.name = name
         self.hello: wire.Header = {}
         self._argv = list(argv)
         self._explain = explain
+        self._silence_s = silence_s
         self._ids = itertools.count(1)
         self._calls: dict[int, Call] = {}
         self._guard = threading.Lock()
@@ -78,7 +84,6 @@ class Link:
         self._later: collections.deque[wire.Header] = collections.deque()
         self._lost = ''
         self._over = threading.Event()
-        self._heard_at = time.monotonic()
 
     # From begin to end.
 
@@ -274,8 +279,18 @@ class Link:
     def _listen(self) -> None:
         why = 'the connection failed by a bug'
         try:
-            while frame := wire.receive(self._socket.recv_into):
-                self._hear(*frame)
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._socket, selectors.EVENT_READ)
+
+                def read_into(buffer: memoryview) -> int:
+                    # Whoever is there answers to a ping. It is seen here and
+                    # not by who pings: he waits for a sender that is stuck.
+                    if not selector.select(self._silence_s):
+                        raise wire.Broken(f'silence for {self._silence_s:g} s')
+                    return self._socket.recv_into(buffer)
+
+                while frame := wire.receive(read_into):
+                    self._hear(*frame)
             why = 'the connection was lost'
         except (wire.Broken, OSError) as failed:
             why = f'the connection was lost ({failed})'
@@ -286,7 +301,6 @@ class Link:
             self._close()
 
     def _hear(self, header: wire.Header, payload: bytearray) -> None:
-        self._heard_at = time.monotonic()
         if 'pong' in header:
             if os.fstat(self._errors).st_size > STDERR_BYTES_MAX:
                 os.ftruncate(self._errors, 0)
@@ -297,10 +311,7 @@ class Link:
             call.take(header, payload)
 
     def _keep_alive(self) -> None:
-        while not self._over.wait(wire.PING_S):
-            if time.monotonic() - self._heard_at > wire.SILENCE_S:
-                self._lose(f'it was silent for {wire.SILENCE_S:g} s')
-                return
+        while not self._over.wait(min(wire.PING_S, self._silence_s / 6)):
             self.post('ping')
 
     # The end.

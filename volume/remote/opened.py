@@ -73,8 +73,10 @@ class RemoteOpened(Opened):
 
     def zero_out(
         self, offset_bytes: int, length_bytes: int, may_free: bool = False
-    ) -> None:
-        self._ask('zero_out', offset_bytes, length_bytes, may_free)
+    ) -> bool:
+        return bool(
+            self._ask('zero_out', offset_bytes, length_bytes, may_free)
+        )
 
     def find(self, offset_bytes: int, is_data: bool) -> int:
         return int(self._ask('find', offset_bytes, is_data))

@@ -34,7 +34,7 @@ CHUNKS = 8
 HASHING = 3  # of them may wait to be hashed while more is written
 ZERO_BYTES = 1 << 16  # zeros are looked for in blocks of this size
 ZEROS = bytes(ZERO_BYTES)
-ZERO_RUN_BYTES_MAX = 256 << 20  # no longer, that it can be told and stopped
+ZERO_RUN_BYTES_MAX = 32 << 20  # no longer, that it can be told and stopped
 WATCH_S = 0.2
 GRACE_S = 30.0
 

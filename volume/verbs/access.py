@@ -48,13 +48,23 @@ def with_attachments(
 def mine(
     there: list[models.Attachment], host: str, attachment_id: str | None
 ) -> models.Attachment | None:
-    """Return the attachment that is named, or else the host's own."""
+    """Return the attachment that is named, or else the host's own.
+
+    :raises NotFound: the volume has none of that name
+    """
     for each in there:
         if each.id == attachment_id:
             return each
         if attachment_id is None and each.host == host:
             return each
+    if attachment_id:
+        raise errors.NotFound(f'attachment {attachment_id} could not be found')
     return None
+
+
+def is_in(mine: models.Attachment) -> bool:
+    """Say whether the host was let in, and not only may have been."""
+    return mine.is_connected and mine.status != 'error_attaching'
 
 
 def need_room(
@@ -70,11 +80,42 @@ def need_room(
         return
     for other in there:
         if other is not mine:
+            # Which host that is, is not for everybody.
             raise errors.Invalid(
                 f'volume {row.id} is attached to '
-                f'{other.host or other.instance_uuid or "another host"}, and '
-                'is not multi-attach'
+                f'{other.instance_uuid or "another host"} by attachment '
+                f'{other.id}, and is not multi-attach'
             )
+
+
+def need_same(mine: models.Attachment, host: str, mode: str) -> None:
+    """Refuse to say again, of another access, that it is what is asked for.
+
+    :raises Conflict: it is another host's, or may write and should not
+    """
+    if not mine.is_connected:
+        return
+    if mine.host != host:
+        raise errors.Conflict(
+            f'attachment {mine.id} is connected to another host than {host}; '
+            'end it first'
+        )
+    if (mode, mine.mode) == ('ro', 'rw'):
+        raise errors.Conflict(
+            f'host {host} has attachment {mine.id} for writing; end it '
+            'first, then attach read-only'
+        )
+
+
+def coming(job: models.Job, volume_id: str) -> list[tuple[str, str]]:
+    """Return which attachments, of which hosts, a job lets in."""
+    if job.kind == 'attach':
+        return [(job.args['attachment_id'], job.args['connector']['host'])]
+    return [
+        (attachment_id, connector.get('host', ''))
+        for attachment_id, connector, _, *volume in job.args['attachments']
+        if volume in ([volume_id], [])  # [] of an earlier release
+    ]
 
 
 def way(
@@ -120,6 +161,14 @@ def settled() -> ColumnElement[str]:
                 attachments.status == 'attached',
             ),
             'in-use',
+        ),
+        (
+            # Nobody knows whether its host can reach the volume.
+            exists().where(
+                attachments.volume_id == volumes.id,
+                attachments.status == 'error_attaching',
+            ),
+            'error_attaching',
         ),
         (
             exists().where(

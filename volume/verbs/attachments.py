@@ -17,6 +17,7 @@ from sqlalchemy import exists
 from sqlalchemy import or_
 from sqlalchemy import select
 from sqlalchemy import update as sql_update
+from sqlalchemy.orm import aliased
 from sqlalchemy.orm import Session
 
 from volume import errors
@@ -34,13 +35,14 @@ from volume.verbs import rows
 
 CONNECTABLE = frozenset({'available', 'reserved', 'attaching', 'in-use'})
 CONNECTED = CONNECTABLE | {
-    'detaching', 'error', 'error_attaching', 'error_detaching', 'maintenance',
+    'detaching', 'error', 'error_attaching', 'error_detaching',
+    'error_extending', 'extending', 'maintenance', 'uploading',
 }
 LETS_IN = frozenset({'attach', 'restore'})  # kinds of jobs
 # What the rows of hosts say of a volume; nothing else may have to be undone.
 DETACHABLE = frozenset({
     'available', 'reserved', 'attaching', 'in-use', 'detaching',
-    'error_attaching', 'error_detaching',
+    'error_attaching', 'error_detaching', 'error_extending',
 })
 
 
@@ -67,7 +69,7 @@ def unreserve(core: Core, caller: Caller, volume_id: str) -> None:
             return None
         # A job that lets a host in is still open: the volume must not be
         # available first and reachable a moment later.
-        coming = _cancel_attach(session, core, row, None)
+        coming = _cancel_attach(session, core, row)
         return coming or rows.refuse(row, {'attaching'}, 'be unreserved')
 
     _until_ended(core, accept)
@@ -107,6 +109,8 @@ def connect(
     have them gets them from it each time.
 
     :raises Invalid: the volume's status forbids it, or another host has it
+    :raises Conflict: the attachment is another host's, or may write and
+        should not
     :raises Unavailable: the storage does not answer
     """
     properties = checks.connector(connector)
@@ -118,11 +122,9 @@ def connect(
     ) -> tuple[models.Job | None, models.Volume, models.Attachment | None]:
         row, there = access.with_attachments(session, caller, volume_id)
         mine = access.mine(there, host, attachment_id)
-        if attachment_id and mine is None:
-            raise errors.NotFound(
-                f'attachment {attachment_id} could not be found'
-            )
-        if mine is not None and mine.is_connected and not (
+        if mine is not None:
+            access.need_same(mine, host, mode)
+        if mine is not None and access.is_in(mine) and not (
             with_secrets and credentials.secret_keys(mine.connection)
         ):
             return None, row, mine
@@ -141,7 +143,7 @@ def connect(
                 'attachment_id': mine.id if mine else ids.new(),
                 'is_new': mine is None,
                 # Asked again for its secrets: nothing to undo, whatever.
-                'is_connected': mine is not None and mine.is_connected,
+                'is_connected': mine is not None and access.is_in(mine),
                 'connector': properties,
                 'mode': way,
                 'was': row.status,
@@ -200,13 +202,13 @@ def disconnect(
             if (host is None or each.host == host) and each.is_connected
         ]
         if not mine:
-            coming = _cancel_attach(session, core, row, host)
+            coming = _cancel_attach(session, core, row, host=host)
             return None if coming is None else (coming, None)
         return _open_detach(
             session, core, caller, row, mine,
             remove=[
                 each.id for each in mine
-                if force or each.status == 'attaching'
+                if force or each.status in ('attaching', 'error_attaching')
             ],
         ), row
 
@@ -335,7 +337,9 @@ def detach(
 
     def stop(session: Session) -> models.Job | None:
         row = rows.volume(session, caller, volume_id)
-        return _cancel_attach(session, core, row, None)
+        return _cancel_attach(
+            session, core, row, attachment_id=attachment_id
+        )
 
     if force:
         _until_ended(core, stop)
@@ -352,9 +356,9 @@ def _detach_simply(
     volume_id: str,
     attachment_id: str | None,
 ) -> bool:
-    """Detach what has no access left, in two statements.
+    """Detach in two statements who has no access left, if it is clear who.
 
-    :raises Invalid: that is several, and none was named
+    A volume that a job holds may be reachable a moment later: not that.
     """
     attachments, volumes = models.Attachment, models.Volume
     where = [
@@ -363,20 +367,21 @@ def _detach_simply(
         exists().where(
             volumes.id == volume_id,
             volumes.status == 'detaching',
+            leases.free(volumes),
             *access.owned(caller, volumes),
         ),
     ]
     if attachment_id:
         where.append(attachments.id == attachment_id)
+    else:
+        other = aliased(attachments)
+        where.append(~exists().where(
+            other.volume_id == volume_id, other.id != attachments.id
+        ).correlate(attachments))
     gone = session.execute(
         sql_delete(attachments).where(*where)
         .execution_options(synchronize_session=False)
     ).rowcount  # type: ignore[attr-defined]
-    if gone > 1:
-        raise errors.Invalid(
-            f'volume {volume_id} is attached {gone} times; name the '
-            'attachment'
-        )
     if gone:
         access.settle(session, volume_id, core.db.clock())
     return bool(gone)
@@ -480,7 +485,7 @@ def delete(
     def stop(session: Session) -> models.Job | None:
         row = rows.attachment(session, caller, attachment_id)
         volume = rows.volume(session, caller, row.volume_id)
-        return _cancel_attach(session, core, volume, row.host or None)
+        return _cancel_attach(session, core, volume, attachment_id=row.id)
 
     def accept(session: Session) -> tuple[models.Job, models.Volume]:
         row = rows.attachment(session, caller, attachment_id)
@@ -500,11 +505,17 @@ def delete(
 
 
 def _cancel_attach(
-    session: Session, core: Core, row: models.Volume, host: str | None
+    session: Session,
+    core: Core,
+    row: models.Volume,
+    *,
+    host: str | None = None,
+    attachment_id: str | None = None,
 ) -> models.Job | None:
-    """Return the open job that would let the host in later on, told to stop.
+    """Return the open job that would let hosts in later on, told to stop.
 
-    Its caller may have given up waiting: what it has asked for must not
+    Of a host or an attachment that is named, only what lets that one in. Its
+    caller may have given up waiting: what it has asked for must not
     come about behind the back of whoever ends the host's access now.
     """
     if row.lease_job is None:
@@ -512,8 +523,10 @@ def _cancel_attach(
     job = session.get(models.Job, row.lease_job)
     if job is None or job.state != 'open' or job.kind not in LETS_IN:
         return None
-    coming = job.args.get('connector')
-    if host is not None and coming is not None and coming['host'] != host:
+    if not any(
+        host in (None, each_host) and attachment_id in (None, each_id)
+        for each_id, each_host in access.coming(job, row.id)
+    ):
         return None
     session.execute(
         sql_update(models.Job)

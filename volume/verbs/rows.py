@@ -143,8 +143,8 @@ def need_still(
     ):
         if each.connection.get('driver_volume_type') == 'local':
             raise errors.Invalid(
-                f'volume {row.id} cannot {verb} while it is attached to '
-                f'{each.host} by its path; detach it first'
+                f'volume {row.id} cannot {verb} while it is attached by its '
+                'path; detach it first'
             )
 
 

@@ -332,7 +332,10 @@ def update(
 ) -> models.Volume:
     """Change name, description, metadata, bootable, readonly or image.
 
+    Whether hosts may write is settled when they are let in, so only before.
+
     :raises NotFound: there is no such volume
+    :raises Invalid: ``readonly`` changes while it is attached
     """
     values: dict[str, Any] = {}
     for key in ('name', 'description'):
@@ -346,12 +349,17 @@ def update(
 
     def accept(session: Session) -> models.Volume:
         row = rows.volume(session, caller, volume_id)
+        readonly = values.get('readonly', row.readonly)
+        if readonly != row.readonly and not leases.move(
+            session, models.Volume, row.id, {'available'}, readonly=readonly
+        ):
+            rows.refuse(row, {'available'}, 'change whether it is read-only')
         for key, value in values.items():
             setattr(row, key, value)
         row.updated_at = core.db.clock()
         return row
 
-    return core.db.write(accept)
+    return core.when_free(lambda: core.db.write(accept))
 
 
 def reset_status(

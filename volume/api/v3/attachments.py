@@ -65,8 +65,13 @@ def detail(call: Call) -> Reply:
 def update(call: Call) -> Reply:
     fields = call.fields('attachment').only(('connector',))
     connector = fields.object('connector').values
+    attachment_id = call.id('attachment_id')
+    if not call.is_trusted:
+        need_service(call, [
+            lookup.attachment(call.core, call.caller, attachment_id)
+        ])
     row = attachments.update(
-        call.core, call.caller, call.id('attachment_id'), connector
+        call.core, call.caller, attachment_id, connector
     )
     return _connected(call, row)
 
@@ -87,15 +92,16 @@ def act(call: Call) -> Reply:
     return dispatch(call, ACTIONS)
 
 
-def need_service(call: Call, ending: Iterable[models.Attachment]) -> None:
-    """Leave it to the compute service to end what an instance may use.
+def need_service(call: Call, asked: Iterable[models.Attachment]) -> None:
+    """Leave to the compute service what an instance may use.
 
     An instance whose disk is taken from under it goes on writing to
-    whatever is there next (CVE-2023-2088).
+    whatever is there next (CVE-2023-2088); and what its host proves itself
+    with is not for its owner.
 
     :raises Conflict: an instance has it, and its owner asks, not a service
     """
-    for row in ending:
+    for row in asked:
         if row.instance_uuid and row.is_connected:
             raise errors.Conflict(
                 f'attachment {row.id} is used by instance '

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import urllib.parse
+from collections.abc import Mapping
 from typing import Any
 
 from volume import errors
@@ -103,9 +104,11 @@ def _force_detach(call: Call, info: Fields) -> None:
 
 
 def _initialize_connection(call: Call, info: Fields) -> dict[str, Any]:
+    volume_id = call.id('volume_id')
     connector = info.object('connector').values
+    _need_own_host(call, volume_id, connector)
     connection = attachments.connect(
-        call.core, call.caller, call.id('volume_id'), connector,
+        call.core, call.caller, volume_id, connector,
         mode=str(connector.get('mode') or 'rw'),
     )
     return {'connection_info': connection}
@@ -114,13 +117,19 @@ def _initialize_connection(call: Call, info: Fields) -> dict[str, Any]:
 def _terminate_connection(call: Call, info: Fields) -> None:
     volume_id = call.id('volume_id')
     connector = info.object('connector').values
+    _need_own_host(call, volume_id, connector)
+    attachments.disconnect(call.core, call.caller, volume_id, connector)
+
+
+def _need_own_host(
+    call: Call, volume_id: str, connector: Mapping[str, Any]
+) -> None:
     if not call.is_trusted:
         need_service(call, [
             each for each in
             lookup.volume(call.core, call.caller, volume_id).attachments
             if each.host == connector.get('host')
         ])
-    attachments.disconnect(call.core, call.caller, volume_id, connector)
 
 
 def _set_bootable(call: Call, info: Fields) -> None:

@@ -180,9 +180,15 @@ class Group:
 
     # Doing.
 
-    def change(self, command: str, *argv: str) -> None:
-        """Run a command that changes the group."""
-        self._run(command, '--yes', *self._config(), *argv)
+    def change(
+        self, command: str, *argv: str, may_discard: bool = True
+    ) -> None:
+        """Run a command that changes the group.
+
+        Unless it ``may_discard``, what was written to extents that it frees
+        stays there, whatever the machine's lvm.conf says (issue_discards).
+        """
+        self._run(command, '--yes', *self._config(may_discard), *argv)
 
     def activate(self, lv: Lv) -> str:
         """Have its device, and return the path.
@@ -241,8 +247,26 @@ class Group:
         self.change('lvrename', self.name, lv.name, name)
         return dataclasses.replace(lv, name=name, role=role)
 
-    def remove(self, name: str) -> None:
-        self.change('lvremove', f'{self.name}/{name}')
+    def remove(self, name: str, keeps_zeros: bool = False) -> None:
+        """Remove a logical volume, and nothing together with it.
+
+        :raises Busy: something would go with it
+        """
+        vg = self.look(_with_dependents(name))
+        lv = vg.named(name)
+        if lv is not None:
+            refuse_dependents(vg, lv)
+        # Who does not wipe what is new relies on zeros in free extents.
+        self.change('lvremove', f'{self.name}/{name}', may_discard=(
+            self.settings.wipes_new and not keeps_zeros
+        ))
+
+    def refuse_dependents(self, lv: Lv) -> None:
+        """Refuse to end what others need, as they are now.
+
+        :raises Busy: something would go with it
+        """
+        refuse_dependents(self.look(_with_dependents(lv.name)), lv)
 
     def settle(self) -> None:
         """Wait until udev has done what it has heard of."""
@@ -254,10 +278,11 @@ class Group:
         except CommandFailed as failed:
             LOG.warning('udev is slow: %s', failed)
 
-    def _config(self) -> tuple[str, str]:
+    def _config(self, may_discard: bool = True) -> tuple[str, str]:
         accepted = ''.join(f'"a|^{_quoted(path)}$|",' for path in self._filter)
         return '--config', (
-            f'devices{{use_devicesfile=0 hints="none" '
+            'devices{use_devicesfile=0 hints="none" '
+            f'{"" if may_discard else "issue_discards=0 "}'
             f'filter=[{accepted}"r|.*|"]}}activation{{monitoring=0}}'
         )
 
@@ -277,6 +302,19 @@ def run(node: Node, timeout_s: float, *argv: str) -> str:
         raise meaning.mean(failed, f'{doing} {target}'.strip()) from failed
 
 
+def refuse_dependents(vg: Vg, lv: Lv) -> None:
+    """Refuse to end what others need; ``vg`` shows those.
+
+    :raises Busy: something would go with it
+    """
+    taken = [f'{vg.name}/{each.name}' for each in vg.dependents(lv)]
+    if taken:
+        raise errors.Busy(
+            f'{vg.name}/{lv.name} has {", ".join(taken):.300}, which would '
+            'go together with it: remove that first'
+        )
+
+
 def scan(node: Node, timeout_s: float) -> list[Seen]:
     """Return all disks with LVM on them, as the machine's own filter has it.
     """
@@ -294,8 +332,12 @@ def _about(ids: Iterable[str], name: str) -> str:
             for kind in ('volume', 'snapshot', 'of')
         ]
         parts += [f'lv_name="{role}-{id}"' for role in names.TAGS]
-        parts.append(f'origin="volume-{id}"')
+        parts += [f'origin="{role}-{id}"' for role in ('volume', 'snap')]
     return ' || '.join(parts)
+
+
+def _with_dependents(name: str) -> str:
+    return f'lv_name="{name}" || origin="{name}"'
 
 
 def _quoted(path: str) -> str:

@@ -12,7 +12,8 @@ volume of another service in the same group) is nobody's that we touch.
 ``draft-<id>``      ``volume:<id>``                   not yet a volume
 ``tail-<id>``       ``volume:<id>``                   by what it will grow
 ``reverted-<id>``   ``volume:<id>``                   what it will be
-``deleted-<id>``    that of what it was               to be wiped and removed
+``deleted-<id>``    that of what it was,              to be wiped and removed
+                    ``wiped:<bytes>``                 zero up to there
 anything else                                         foreign
 ==================  ================================  =======================
 
@@ -33,6 +34,7 @@ _ID = r'[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}'
 OURS = re.compile(rf'(volume|snap|draft|tail|reverted|deleted)-({_ID})')
 PLAIN = re.compile(r'[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,126}')
 NOTE = re.compile(r'note:([0-9]+):([A-Za-z0-9+/=]+)')
+WIPED = re.compile(r'wiped:([0-9]{1,20})')
 NOTE_PART = 900  # LVM takes tags of 1024 characters
 NOTE_BYTES_MAX = 1 << 16
 DISOWNED = 'disowned'
@@ -65,6 +67,11 @@ def is_plain(name: str) -> bool:
     return PLAIN.fullmatch(name) is not None and name not in ('.', '..')
 
 
+def wiped_tag(size_bytes: int) -> str:
+    """Return the tag of what is zero from its beginning up to there."""
+    return f'wiped:{size_bytes}'
+
+
 def note_tags(note: Mapping[str, str]) -> list[str]:
     """Return the tags that hold a note; none for an empty one."""
     if not note:
@@ -90,7 +97,7 @@ def note_of(tags: Iterable[str]) -> dict[str, str]:
             base64.b64decode(packed, validate=True), NOTE_BYTES_MAX
         )
         note = json.loads(text)
-    except (binascii.Error, zlib.error, ValueError):
+    except (binascii.Error, zlib.error, ValueError, RecursionError):
         return {}
     if not isinstance(note, dict):
         return {}

@@ -81,6 +81,21 @@ class Lv:
         return 'thicksnapshot' in self.roles
 
     @property
+    def wiped_tags(self) -> list[str]:
+        """What we have said of how much of it is zero."""
+        return sorted(tag for tag in self.tags if names.WIPED.fullmatch(tag))
+
+    @property
+    def wiped_bytes(self) -> int:
+        """How much of what is deleted is zero, from its beginning."""
+        if self.role != 'deleted':
+            return 0
+        return max(
+            (int(tag.partition(':')[2]) for tag in self.wiped_tags),
+            default=0,
+        )
+
+    @property
     def of(self) -> str | None:
         """The id of the volume whose snapshot it is."""
         found = [t.removeprefix('of:') for t in self.tags
@@ -122,6 +137,17 @@ class Vg:
             if (lv.role, lv.id) == (role, id):
                 return lv
         return None
+
+    def dependents(self, lv: Lv) -> list[Lv]:
+        """Return what LVM would remove together with it, of what is here.
+
+        Snapshots of the old kind, and what another pool has made of it. A
+        thin snapshot or clone of its own pool stands by itself.
+        """
+        return [
+            each for each in self.lvs if each.origin == lv.name
+            and (each.is_thick_snapshot or each.pool != lv.pool)
+        ]
 
     def named(self, name: str) -> Lv | None:
         for lv in self.lvs:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from volume import errors
 from volume import model
@@ -19,6 +20,7 @@ from volume.drivers import generic
 from volume.drivers.lvm import names
 from volume.drivers.lvm.groups import EVERYTHING
 from volume.drivers.lvm.groups import Group
+from volume.drivers.lvm.groups import refuse_dependents
 from volume.drivers.lvm.report import Lv
 from volume.drivers.lvm.report import Vg
 
@@ -191,9 +193,9 @@ class Store(abc.ABC):
             self.group.change('lvrename', vg.name, lv.name, foreign)
             gone = lv
         if gone is not None and f'volume:{volume.id}' in gone.tags:
+            old = [f'volume:{volume.id}', *_notes(gone)]
             self.group.change(
-                'lvchange', '-kn',
-                *_each('--deltag', [f'volume:{volume.id}', *_notes(gone)]),
+                'lvchange', '-kn', *each_option('--deltag', old),
                 f'{vg.name}/{foreign}',
             )
 
@@ -203,10 +205,11 @@ class Store(abc.ABC):
         lv = self.need(self.group.about(volume.id), volume)
         wanted, there = names.note_tags(sidecar), _notes(lv)
         if set(wanted) != set(there):
+            old = [tag for tag in there if tag not in wanted]
+            new = [tag for tag in wanted if tag not in there]
             self.group.change(
-                'lvchange',
-                *_each('--deltag', [t for t in there if t not in wanted]),
-                *_each('--addtag', [t for t in wanted if t not in there]),
+                'lvchange', *each_option('--deltag', old),
+                *each_option('--addtag', new),
                 f'{self.group.name}/{lv.name}',
             )
 
@@ -217,11 +220,7 @@ class Store(abc.ABC):
                 f'{lv.name} is no volume of its own, but '
                 f'{"/".join(sorted(lv.roles))} of another'
             )
-        taken = self.group.look(f'origin="{lv.name}"').lvs
-        if any(each.is_thick_snapshot for each in taken):
-            raise errors.Busy(
-                f'{lv.name} has snapshots: remove {taken[0].name} first'
-            )
+        self.group.refuse_dependents(lv)
         self.group.refuse_open(lv, 'adopt')
 
     # What several methods ask.
@@ -277,14 +276,19 @@ class Store(abc.ABC):
                 raise errors.Busy(
                     f'volume {volume_id} has snapshots: delete them first'
                 )
-            if (
-                not lv.role and lv.origin == f'volume-{volume_id}'
-                and lv.is_thick_snapshot
-            ):
-                raise errors.Busy(
-                    f'volume {volume_id} has a snapshot that is not ours: '
-                    f'look at {vg.name}/{lv.name}'
-                )
+        whole = vg.ours('volume', volume_id)
+        if whole is not None:
+            self.refuse_strangers(vg, whole)
+
+    def refuse_strangers(self, vg: Vg, lv: Lv) -> None:
+        """Refuse to end what somebody else's depends on.
+
+        :raises Busy: something would go together with it
+        """
+        others = dataclasses.replace(
+            vg, lvs=tuple(each for each in vg.lvs if not each.role)
+        )
+        refuse_dependents(others, lv)
 
     def refuse_trouble(self, vg: Vg) -> None:
         """Refuse to store anything new in a group that is not well.
@@ -315,23 +319,43 @@ class Store(abc.ABC):
         self.trouble = reason
 
 
+def do_one(
+    lvs: Iterable[Lv],
+    deed: Callable[[Lv], object],
+    failures: list[errors.VolumeError],
+) -> bool:
+    """Do it to the first that lets us; say if there was one.
+
+    One that does not is no reason to leave all others as they are.
+    """
+    for lv in lvs:
+        try:
+            deed(lv)
+        except errors.VolumeError as failed:
+            failures.append(failed)
+        else:
+            return True
+    return False
+
+
 def new_tags(volume: model.Volume) -> list[str]:
     """Return the tags that a new volume gets, as options of a command."""
-    return _each('--addtag', [
+    return each_option('--addtag', [
         f'volume:{volume.id}', *names.note_tags(volume.note)
     ])
 
 
 def note_options(lv: Lv) -> list[str]:
     """Return a volume's note as options of a command."""
-    return _each('--addtag', _notes(lv))
+    return each_option('--addtag', _notes(lv))
 
 
 def _notes(lv: Lv) -> list[str]:
     return sorted(tag for tag in lv.tags if names.NOTE.fullmatch(tag))
 
 
-def _each(option: str, values: list[str]) -> list[str]:
+def each_option(option: str, values: list[str]) -> list[str]:
+    """Return an option of a command once for each value."""
     return [word for value in values for word in (option, value)]
 
 

@@ -10,11 +10,15 @@ area of one is split off first, and wiped by itself.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
+from collections.abc import Iterator
 
 from volume import errors
 from volume import model
 from volume.drivers.lvm import forming
+from volume.drivers.lvm import names
 from volume.drivers.lvm import store
 from volume.drivers.lvm import wiping
 from volume.drivers.lvm.groups import Group
@@ -24,6 +28,7 @@ from volume.drivers.lvm.report import Vg
 COW_CHUNKS = 256  # exceptions of a snapshot that one chunk of tables holds
 COW_HEADER_BYTES = 1 << 16
 TRIES = 3
+UPKEEP_S = 10.0  # of wiping at a time: others wait for it
 
 
 class Thick(store.Store):
@@ -35,6 +40,7 @@ class Thick(store.Store):
         super().__init__(group)
         self._alone = threading.Lock()
         self._ending: set[str] = set()
+        self.upkeep_s = UPKEEP_S
 
     def check(self, may_format: bool) -> None:
         if may_format and self.settings.may_create:
@@ -99,11 +105,31 @@ class Thick(store.Store):
         if whole is not None:
             self.group.refuse_open(whole, 'delete')
             whole = self.group.deactivate(whole)
-            self._end(self.group.rename(whole, 'deleted'))
+            self._end(self._condemn(whole))
 
-    def _end(self, lv: Lv) -> None:
+    def _condemn(self, lv: Lv) -> Lv:
+        """Call it deleted."""
+        # Whoever took it back by hand may have written to it since.
+        self._mark_wiped(lv, [])
+        return self.group.rename(lv, 'deleted')
+
+    def _mark_wiped(self, lv: Lv, tags: list[str]) -> None:
+        words = [
+            *store.each_option('--deltag', lv.wiped_tags),
+            *store.each_option('--addtag', tags),
+        ]
+        if words:
+            self.group.change(
+                'lvchange', *words, f'{self.group.name}/{lv.name}'
+            )
+
+    def _end(self, lv: Lv, limit_s: float = math.inf) -> None:
         """Wipe what is called deleted, and remove it.
 
+        With a limit only a part of it, if it is large; where that ends is
+        remembered, and whoever comes next goes on from there.
+
+        :raises Busy: somebody else's depends on it
         :raises Unavailable: another thread is at it
         """
         with self._alone:
@@ -114,12 +140,14 @@ class Thick(store.Store):
                 )
             self._ending.add(lv.id)
         try:
-            self._wipe_and_remove(lv)
+            self._wipe_and_remove(lv, limit_s)
         finally:
             with self._alone:
                 self._ending.discard(lv.id)
 
-    def _wipe_and_remove(self, lv: Lv) -> None:
+    def _wipe_and_remove(self, lv: Lv, limit_s: float) -> None:
+        # Before a byte of it is gone.
+        self.group.refuse_dependents(lv)
         if lv.is_thick_snapshot:
             self.group.change(
                 'lvconvert', '--splitsnapshot',
@@ -132,7 +160,12 @@ class Thick(store.Store):
                     'lvchange', '-prw', f'{self.group.name}/{lv.name}'
                 )
             path = self.group.activate(lv)
-            wiping.wipe(self.node, path, 0, lv.stored_bytes)
+            at = wiping.wipe(
+                self.node, path, lv.wiped_bytes, lv.stored_bytes, limit_s
+            )
+            if at < lv.stored_bytes:
+                self._mark_wiped(lv, [names.wiped_tag(at)])
+                return
         self.group.remove(lv.name)
 
     # Growth.
@@ -189,7 +222,7 @@ class Thick(store.Store):
             zeroed = was.ours('tail', lv.id)
             if zeroed is None:
                 return False
-            self.group.remove(tail)
+            self.group.remove(tail, keeps_zeros=True)
             try:
                 self.group.change(
                     'lvextend', '-l', f'+{count}', name, *zeroed.ranges
@@ -231,32 +264,52 @@ class Thick(store.Store):
         vg = self.group.about(snapshot.id)
         lv = vg.ours('snap', snapshot.id)
         if lv is not None:
+            self.refuse_strangers(vg, lv)
             self.group.refuse_open(lv, 'delete')
-            self._end(self.group.rename(lv, 'deleted'))
+            self._end(self._condemn(lv))
         elif (gone := vg.ours('deleted', snapshot.id)) is not None:
             self._end(gone)
 
     # In the background.
 
     def upkeep(self) -> bool:
-        """Extend one snapshot that fills up, or end what was deleted."""
+        """Extend one snapshot that fills up, and wipe some of what goes.
+
+        Neither waits for the other: a snapshot that is full is lost, and
+        what is removed makes room for it.
+        """
         vg = self.group.look(f'{store.DELETED} || lv_name=~"^snap-"')
+        failures: list[errors.VolumeError] = []
+        is_more = store.do_one(
+            filter(self._fills_up, vg.lvs),
+            lambda lv: self._extend_snapshot(vg, lv), failures,
+        )
+        is_more |= store.do_one(
+            self._condemned(vg), lambda lv: self._end(lv, self.upkeep_s),
+            failures,
+        )
+        if failures:
+            raise failures[0]
+        return is_more
+
+    def _fills_up(self, lv: Lv) -> bool:
         high = self.settings.extend_percent
-        if self.settings.snapshot_percent < 100 and high < 100:
-            for lv in vg.lvs:
-                if lv.role == 'snap' and not lv.is_invalid and (
-                    (lv.data_percent or 0) >= high
-                ) and lv.stored_bytes < lv.size_bytes:
-                    self._extend_snapshot(vg, lv)
-                    return True
+        return (
+            self.settings.snapshot_percent < 100 and high < 100
+            and lv.role == 'snap' and not lv.is_invalid
+            and (lv.data_percent or 0) >= high
+            and lv.stored_bytes < lv.size_bytes
+        )
+
+    def _condemned(self, vg: Vg) -> Iterator[Lv]:
+        """Yield what is to be wiped, as long as there is time to begin."""
+        late = time.monotonic() + UPKEEP_S
         for lv in vg.lvs:
             if (
                 lv.role == 'deleted' and not lv.is_open
-                and lv.id not in self._ending
+                and lv.id not in self._ending and time.monotonic() < late
             ):
-                self._end(lv)
-                return True
-        return False
+                yield lv
 
     def _extend_snapshot(self, vg: Vg, lv: Lv) -> None:
         by = lv.stored_bytes * self.settings.extend_by_percent // 100

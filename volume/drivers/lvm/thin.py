@@ -183,6 +183,7 @@ class Thin(store.Store):
         for each in left:
             if each.role:
                 self.group.remove(each.name)
+        self.refuse_strangers(vg, lv)
         self.group.refuse_open(lv, 'revert')
         self._refuse_full(vg)
         draft = f'reverted-{volume.id}'
@@ -212,21 +213,31 @@ class Thin(store.Store):
     # In the background.
 
     def upkeep(self) -> bool:
-        """Extend the pool before it is full, or remove what was left."""
+        """Extend the pool before it is full, and remove what was left."""
         vg = self.group.look(f'{self._pool_too()} || {store.DELETED}')
+        failures: list[errors.VolumeError] = []
+        is_more = False
         if not vg.missing and self.settings.extend_percent < 100:
-            if self._extend_pool(vg, self._pool(vg)):
-                return True
-        for lv in vg.lvs:
-            if lv.role == 'deleted' and not lv.is_open:
-                # Beside one that is coming, it is part of a revert.
-                around = self.group.about(lv.id)
-                if around.ours('volume', lv.id) is None and (
-                    around.ours('reverted', lv.id) is None
-                ):
-                    self.group.remove(lv.name)
-                    return True
-        return False
+            try:
+                is_more = self._extend_pool(vg, self._pool(vg))
+            except errors.VolumeError as failed:
+                failures.append(failed)
+        is_more |= store.do_one(
+            filter(self._is_left, vg.lvs),
+            lambda lv: self.group.remove(lv.name), failures,
+        )
+        if failures:
+            raise failures[0]
+        return is_more
+
+    def _is_left(self, lv: Lv) -> bool:
+        if lv.role != 'deleted' or lv.is_open:
+            return False
+        # Beside one that is coming, it is part of a revert.
+        around = self.group.about(lv.id)
+        return around.ours('volume', lv.id) is None and (
+            around.ours('reverted', lv.id) is None
+        )
 
     def _extend_pool(self, vg: Vg, lv: Lv) -> bool:
         high, by = self.settings.extend_percent, (

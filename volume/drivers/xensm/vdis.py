@@ -146,7 +146,7 @@ class Vdi:
         """The sidecar."""
         try:
             note = json.loads(self.keys.get(NOTE, '{}'))
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         if not isinstance(note, dict):
             return {}

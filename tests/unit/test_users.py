@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who uses a device or a file, while somebody else's server is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+import unittest
+from collections.abc import Iterator
+
+from tests import hung
+from volume.machine import users
+
+LOOK = 'import sys; from volume.machine import users; ' \
+       'print(*users.users(sys.argv[1]), sep="\\n")'
+HOLD = 'import sys; f = open(sys.argv[1], "rb"); print("open", flush=True); ' \
+       'sys.stdin.read()'
+WAIT_S = 30
+
+
+class UsersTest(unittest.TestCase):
+
+    @contextlib.contextmanager
+    def held(self, path: str) -> Iterator[str]:
+        """Have a process hold it open; yield how that is called."""
+        with subprocess.Popen(
+            [sys.executable, '-c', HOLD, path],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        ) as child:
+            assert child.stdout
+            self.assertEqual(b'open\n', child.stdout.readline())
+            try:
+                yield f'(pid {child.pid})'
+            finally:
+                child.communicate(timeout=WAIT_S)
+
+    def look(self, path: str, disk: hung.Hung) -> str:
+        """Ask in a process of its own: a wrong one could not be ended."""
+        asking = subprocess.Popen(
+            [sys.executable, '-c', LOOK, path], stdout=subprocess.PIPE,
+        )
+        try:
+            return asking.communicate(timeout=WAIT_S)[0].decode()
+        except subprocess.TimeoutExpired:
+            disk.end()
+            asking.communicate()
+            self.fail(f'who asked for {path} waited for a dead server')
+
+    def device(self) -> str:
+        for name in sorted(os.listdir('/sys/block')):
+            path = f'/dev/{name}'
+            with contextlib.suppress(OSError):
+                os.close(os.open(path, os.O_RDONLY))
+                return path
+        self.skipTest('no block device that can be opened')
+
+    def unmount(self, directory: str) -> None:
+        ctypes.CDLL(None).umount2(directory.encode(), hung.DETACH)
+
+    def test_dead_server_of_a_stranger_keeps_nobody_waiting(self) -> None:
+        with tempfile.NamedTemporaryFile() as f:
+            for is_taken_away in False, True:
+                disk = hung.Hung(self)
+                with self.held(disk.path):
+                    if is_taken_away:
+                        self.unmount(os.path.dirname(disk.path))
+                    disk.stick()
+                    for path in f.name, self.device():
+                        with self.subTest(path, is_taken_away=is_taken_away):
+                            with self.held(path) as user:
+                                self.assertIn(user, self.look(path, disk))
+                    disk.end()
+
+    def test_user_of_a_file_that_lies_with_a_server_is_named(self) -> None:
+        disk = hung.Hung(self)
+        with self.held(disk.path) as user:
+            self.assertIn(user, ' '.join(users.users(disk.path)))
+
+    def test_device_is_in_use_by_whatever_mount_it_was_opened(self) -> None:
+        path = self.device()
+        with tempfile.TemporaryDirectory() as directory:
+            if ctypes.CDLL(None).mount(
+                b'dev', directory.encode(), b'devtmpfs', 0, None
+            ):
+                self.skipTest('no mount of a devtmpfs: it takes root')
+            other = os.path.join(directory, os.path.basename(path))
+            self.assertTrue(stat.S_ISBLK(os.stat(other).st_mode))
+            with self.held(other) as user:
+                for _ in range(2):
+                    self.assertIn(user, ' '.join(users.users(path)))
+                    self.unmount(directory)
+
+
+if __name__ == '__main__':
+    unittest.main()
