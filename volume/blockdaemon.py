@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import ipaddress
 import json
+import logging
 import os
 import resource
 import signal
@@ -27,11 +28,16 @@ from volume import qmp
 from volume.node import ENVIRONMENT
 from volume.node import Node
 
+LOG = logging.getLogger(__name__)
+
 PROGRAM = 'qemu-storage-daemon'
 FILES_WANTED = 65_536
 FILES_MIN = 4_096
 SOCKET_PATH_BYTES_MAX = 107  # sun_path, and its zero byte
 START_S = 15.0
+# One start in some ten thousand is deaf: QEMU loses the wake-up of who answers
+# its monitors. Nobody has anything of a daemon that has just begun.
+ANSWER_S, STARTS = 5.0, 3
 STOP_S = 10.0
 LOCK_S = 40.0
 LOG_BYTES_MAX = 1 << 20
@@ -39,6 +45,10 @@ LOG_BYTES_MAX = 1 << 20
 # Those that this process started, to be reaped when they have ended: they
 # are the process's children, whichever object started them.
 _children: list[subprocess.Popen[bytes]] = []
+
+
+class _Deaf(errors.Unavailable):
+    """It runs, and its monitors answer nobody."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,6 +188,13 @@ class Process:
         self._keep(Record(self._address, pid, _start_time(pid) or 0))
 
     def _spawn(self) -> int:
+        for _ in range(STARTS - 1):
+            with contextlib.suppress(_Deaf):
+                return self._spawn_one()
+            LOG.warning('%s answers nobody: started anew', PROGRAM)
+        return self._spawn_one()
+
+    def _spawn_one(self) -> int:
         argv = self._argv()
         fd = os.open(
             self._path('log'), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
@@ -229,10 +246,12 @@ class Process:
         ]
 
     def _await(self, child: subprocess.Popen[bytes], from_bytes: int) -> None:
-        """Wait until the last monitor greets, or the daemon has ended."""
+        """Wait until the last monitor answers, or the daemon has ended.
+
+        :raises _Deaf: it has set up all, and does not answer
+        """
         deadline = time.monotonic() + START_S
-        ready = qmp.paths(self._directory)[-1]
-        while not (self._wrote_pid(child.pid) and qmp.greets(ready)):
+        while not self._wrote_pid(child.pid):
             if child.poll() is not None:
                 raise errors.Unavailable(
                     f'{PROGRAM} does not start: {self._said(from_bytes)}'
@@ -243,6 +262,12 @@ class Process:
                     f'{self._said(from_bytes)}'
                 )
             time.sleep(0.002)
+        ready = qmp.paths(self._directory)[-1]
+        if not qmp.answers(self._node, ready, ANSWER_S):
+            raise _Deaf(
+                f'{PROGRAM} does not answer within {ANSWER_S:g} s: '
+                f'{self._said(from_bytes)}'
+            )
 
     def _wrote_pid(self, pid: int) -> bool:
         """Say whether it has: it does so when all else is set up."""

@@ -63,12 +63,12 @@ class Monitor:
         pid: int = UCRED.unpack(credentials)[0]
         return pid
 
-    def greet(self) -> None:
+    def greet(self, timeout_s: float = GREETING_S) -> None:
         """Read the greeting and agree on no capabilities.
 
         :raises Unavailable: no greeting: somebody else has the monitor
         """
-        deadline = time.monotonic() + GREETING_S
+        deadline = time.monotonic() + timeout_s
         try:
             if 'QMP' not in self._receive(deadline):
                 raise errors.Unavailable('what listens there is no QEMU')
@@ -227,12 +227,11 @@ def paths(directory: str) -> list[str]:
     return [os.path.join(directory, f'q{i}') for i in range(MONITORS)]
 
 
-def greets(path: str) -> bool:
+def answers(node: Node, path: str, timeout_s: float) -> bool:
     """Say whether a monitor answers there now; no act, a look."""
-    with contextlib.suppress(errors.VolumeError):
-        with _dial(path) as sock:
-            sock.settimeout(GREETING_S)
-            return b'QMP' in sock.recv(RECEIVE_BYTES)
+    with contextlib.suppress(errors.VolumeError), _dial(path) as sock:
+        Monitor(node, sock).greet(timeout_s)
+        return True
     return False
 
 

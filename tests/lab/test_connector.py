@@ -78,8 +78,8 @@ class GuestNode(exports_case.FaultyGuestNode):
         return self.locks
 
 
-class ConnectorCase(case.LabCase):
-    """A connector, and targets that it may try."""
+class ConnectorSuite:
+    """What every connector does, with targets that it may try."""
 
     disks = 0
     limit_s = 1800.0  # of one test
@@ -321,7 +321,7 @@ class Running:
         self.process.communicate()
 
 
-class IscsiConnectorTest(ConnectorCase):
+class IscsiConnectorTest(ConnectorSuite, case.LabCase):
     """One portal."""
 
     portals = case.PORTALS[:1]
@@ -490,7 +490,7 @@ class MultipathTest(IscsiConnectorTest):
     test_a_record_in_pieces_is_made_anew = None
 
 
-class NvmeConnectorTest(ConnectorCase):
+class NvmeConnectorTest(ConnectorSuite, case.LabCase):
     """NVMe over TCP; the kernel makes a device of each connection."""
 
     port = 4420

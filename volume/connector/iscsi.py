@@ -236,7 +236,9 @@ class IscsiConnector(base.Connector):
         disks.check_size(
             self.node, device, asked.volume_id, asked.size_bytes
         )
-        return over[0].path if over else f'/dev/{names[0]}'
+        if over:
+            return multipath.path_of(self.node, over[0])
+        return f'/dev/{names[0]}'
 
     def _back_out(self, asked: Asked, had: set[int]) -> None:
         """Undo an attach that failed, as far as it was made by it."""

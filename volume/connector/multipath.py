@@ -84,6 +84,22 @@ def gather(node: Node, wwid: str, disks: Sequence[str]) -> Map:
     )
 
 
+def path_of(node: Node, found: Map) -> str:
+    """Return a map's path when udev has made it.
+
+    :raises Unavailable: it makes none
+    """
+    late = time.monotonic() + MAP_S
+    while not node.exists(found.path):
+        if time.monotonic() > late:
+            raise errors.Unavailable(
+                f'udev makes no {found.path}: see "udevadm info '
+                f'/sys/block/{found.device}"'
+            )
+        time.sleep(POLL_S)
+    return found.path
+
+
 def part(node: Node, disks: Sequence[str]) -> None:
     """Take paths out of their map; others carry it on."""
     for disk in disks:

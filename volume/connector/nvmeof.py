@@ -192,13 +192,17 @@ class NvmeConnector(base.Connector):
 
     def _let_go(self, volume_id: str, nqn: str) -> None:
         found = self._controllers(nqn)
-        is_alive = any(each.is_up for each in found)
+        alive = {
+            name for each in found if each.is_up for name in each.spaces
+        }
         for name in sorted({
             name for each in found for name in each.spaces
         }):
             path = f'/dev/{name}'
             disks.need_free(self.node, path, volume_id)
-            if is_alive:
+            # What a dead connection still has to write goes nowhere, and
+            # who asks it to would wait for it.
+            if name in alive:
                 disks.flush(self.node, path, volume_id)
         for each in found:
             nvme_host.disconnect(self.node, each)
