@@ -263,6 +263,25 @@ class IscsiConnector(base.Connector):
         sessions = self._sessions(targets)
         names = self._names(sessions)
         alive = self._names([each for each in sessions if each.is_up])
+        try:
+            self._free_all(volume_id, names, alive, is_lost)
+        except errors.Busy:
+            # multipathd may have made its map only now, of a disk that had
+            # just come; once more then, with the map.
+            if not multipath.over(self.node, names):
+                raise
+            self._free_all(volume_id, names, alive, is_lost)
+        disks.remove(self.node, alive)
+        for session in sessions:
+            open_iscsi.log_out(self.node, session)
+        for target in sorted(targets):
+            open_iscsi.forget(self.node, target)
+
+    def _free_all(
+        self, volume_id: str, names: Sequence[str], alive: Sequence[str],
+        is_lost: bool,
+    ) -> None:
+        """End the maps over disks, and see that nobody uses any of them."""
         joined: set[str] = set()
         for each in multipath.over(self.node, names):
             joined |= set(each.paths)
@@ -283,11 +302,6 @@ class IscsiConnector(base.Connector):
             # paths that work.
             is_written = name in alive and name not in joined
             self._free(f'/dev/{name}', volume_id, is_written)
-        disks.remove(self.node, alive)
-        for session in sessions:
-            open_iscsi.log_out(self.node, session)
-        for target in sorted(targets):
-            open_iscsi.forget(self.node, target)
 
     def _free(self, path: str, volume_id: str, is_written: bool) -> None:
         disks.need_free(self.node, path, volume_id)
