@@ -50,6 +50,7 @@ class World:
         self.lvs = {}
         self.seqno, self.serial = 1, 0
         self.missing = self.damaged = False
+        self.is_back = False  # what was missing, and nobody has let it in
         self.discards = False  # as lvm.conf may have it
         self.has_group = True
         self.signatures = []  # of disks that are in no group
@@ -87,7 +88,8 @@ class World:
         if not self.has_group:
             return json.dumps({'report': [{'pv': []}]})
         return json.dumps({'report': [{'pv': [{
-            'pv_name': '/dev/sim', 'pv_uuid': 'SIMPV', 'vg_name': GROUP,
+            'pv_name': self._disk_name(), 'pv_uuid': 'SIMPV',
+            'vg_name': GROUP,
             'pv_missing': 'missing' if self.missing else '',
             'pv_duplicate': '', 'vg_uuid': GROUP_UUID, 'vg_lock_type': '',
             'vg_systemid': '', 'vg_exported': '',
@@ -119,7 +121,7 @@ class World:
                 'vg_mda_free': '500000',
             }],
             'pv': [{
-                'pv_name': '/dev/sim', 'pv_uuid': 'SIMPV',
+                'pv_name': self._disk_name(), 'pv_uuid': 'SIMPV',
                 'pv_missing': 'missing' if self.missing else '',
             }],
             'lv': [self._row(lv) for lv in lvs],
@@ -130,6 +132,10 @@ class World:
                     f'/dev/sim:{number}-{number}' for number in lv.extents),
             } for lv in lvs],
         }]})
+
+    def _disk_name(self):
+        gone = self.missing and not self.is_back
+        return '[unknown]' if gone else '/dev/sim'
 
     def _row(self, lv):
         roles = {'pool': 'private'}.get(lv.kind, 'public')
@@ -237,6 +243,7 @@ class World:
             )]:
                 each.active = '-ay' in options
             return
+        self._refuse_missing()
         if '-prw' in options:
             lv.read_only = False
         if '-ky' in options or '-kn' in options:
@@ -246,6 +253,7 @@ class World:
         self.seqno += 1
 
     def _lvrename(self, words):
+        self._refuse_missing()
         _, source, target = words
         lv = self._need(f'{GROUP}/{source}')
         if target in self.lvs:

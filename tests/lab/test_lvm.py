@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a kernel can show of the lvm driver: bytes, full pools, disks.
+"""What only a kernel can show of the lvm driver: bytes, and full pools.
 
 The groups are small, so that all of their space can be filled with a pattern
 before, and be looked through afterwards.
 """
 
-import contextlib
 import unittest
 
 from tests import lab
 from tests.lab import case
-from tests.lab.lvm_case import LvmCase
+from tests.lab.lvm_case import MIB
+from tests.lab.lvm_case import OLD
+from tests.lab.lvm_case import OTHER
+from tests.lab.lvm_case import OWN
+from tests.lab.lvm_case import SmallCase
 from volume import errors
 from volume import ids
 from volume import model
@@ -18,31 +21,14 @@ from volume.cli import manage_lvm
 from volume.drivers.lvm import driver
 from volume.drivers.lvm import options
 
-MIB = model.MIB
-# An earlier owner's bytes, and a volume's own ones.
-OLD, OWN, OTHER = 0xa5, 0x5a, 0x41
-# Both go around the page cache. DEVICE BYTE COUNT SEEK, and DEVICE BYTE SKIP.
-FILL = '''
-import mmap, os, sys
-byte, count, seek = map(int, sys.argv[2:])
-f = os.open(sys.argv[1], os.O_WRONLY | os.O_DIRECT)
-block = mmap.mmap(-1, 1 << 20)
-block.write(bytes([byte]) * (1 << 20))
-for at in range(seek, seek + count):
-    assert os.pwrite(f, block, at << 20) == 1 << 20
+# One byte in every so many-th 64 KiB of 256 MiB. DEVICE STEP
+BREAK = '''
+import os, sys
+f = os.open(sys.argv[1], os.O_WRONLY)
+for at in range(0, 4096, int(sys.argv[2])):
+    os.pwrite(f, b'x', at << 16)
 os.fsync(f)
 '''
-COUNT = '''
-import mmap, os, sys
-byte, skip = map(int, sys.argv[2:])
-f = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
-block, found, at = mmap.mmap(-1, 1 << 20), 0, skip << 20
-while done := os.preadv(f, [block], at):
-    found += block[:done].count(bytes([byte]))
-    at += done
-print(found)
-'''
-VIRTIO = '/sys/bus/virtio/drivers/virtio_blk'
 SCATTER = '''
 import os, sys
 f = os.open(sys.argv[1], os.O_WRONLY)
@@ -50,70 +36,6 @@ for at in range(0, 250, 25):
     os.pwrite(f, os.urandom(4096), at << 20)
 os.fsync(f)
 '''
-
-
-class SmallCase(LvmCase):
-    """A group on small parts of two disks; two further disks are free."""
-
-    disks = 0
-    disk_bytes = 36 * MIB
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.addClassCleanup(cls.remove_group)
-
-    @classmethod
-    def make_group(cls, count=2):
-        for number in range(count):
-            cls.lvm(
-                'pvcreate', '--setphysicalvolumesize', f'{cls.disk_bytes}b',
-                case.disk(number),
-            )
-        cls.lvm('vgcreate', '-s', '1m', cls.group,
-                *(case.disk(number) for number in range(count)))
-
-    @classmethod
-    def remove_group(cls):
-        cls.guest.run(
-            'vgremove', '-ff', '-y', '-q', cls.group, check=False)
-        for number in range(4):
-            cls.guest.run(
-                'wipefs', '-qaf', case.disk(number), check=False)
-
-    @classmethod
-    def make_driver(cls, **options):
-        made = driver.LvmDriver(cls.settings(**options), cls.node)
-        made.check()
-        return made
-
-    def wish(self, size_bytes):
-        return model.Volume(ids.new(), self.group, size_bytes)
-
-    def fill(self, device, byte, count_mib, seek_mib=0):
-        self.guest.run(
-            'python3', '-c', FILL, device, str(byte), str(count_mib),
-            str(seek_mib),
-        )
-
-    def count(self, device, byte, skip_mib=0):
-        """Return how many bytes of a device are this one."""
-        return int(self.guest.run(
-            'python3', '-c', COUNT, device, str(byte), str(skip_mib)))
-
-    def map(self, made, volume):
-        return made.map(volume, model.Access.WRITE).path
-
-    @contextlib.contextmanager
-    def held_open(self, device):
-        """Have somebody in the guest use a device."""
-        user = self.guest.start(
-            'sh', '-c', f'exec 7<>{device}; echo ready; cat')
-        try:
-            self.assertEqual(b'ready\n', user.stdout.readline())
-            yield
-        finally:
-            user.communicate(timeout=60)
 
 
 class ThickBytesTest(SmallCase, unittest.TestCase):
@@ -301,87 +223,6 @@ class ThickBytesTest(SmallCase, unittest.TestCase):
         self.driver.delete_snapshot(snapshot)
 
 
-class DisksTest(SmallCase, unittest.TestCase):
-    """Disks that come and go, and that are taken only when empty."""
-
-    provisioning = 'thick'
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.make_group()
-
-    def test_missing_disk_is_named_and_the_others_go_on(self):
-        made = self.make_driver()
-        here, there = self.wish(24 * MIB), self.wish(24 * MIB)
-        for volume in here, there:
-            made.create(volume)
-            self.addCleanup(made.delete, volume)
-        self.fill(self.map(made, here), OWN, 1)
-        made.unmap(there)
-        name = self.guest.run('readlink', '-f', case.disk(1)).strip()
-        link = self.guest.run(
-            'readlink', '-f', f'/sys/block/{name[5:]}/device').strip()
-        slot = link.rsplit('/', 1)[1]
-        self.guest.run('sh', '-c', f'echo {slot} > {VIRTIO}/unbind')
-        try:
-            with self.assertRaisesRegex(
-                errors.Unavailable, f'misses .*last seen as {name}'
-            ):
-                made.create(self.wish(MIB))
-            self.assertEqual(0, made.pools()[0].free_bytes)
-            with self.assertRaises(errors.VolumeError) as refused:
-                made.delete(there)
-            self.assertNotIsInstance(refused.exception, errors.NotFound)
-            self.assertEqual(MIB, self.count(self.map(made, here), OWN))
-            self.assertEqual(
-                24 * MIB, made.inspect(there).size_bytes)
-        finally:
-            self.guest.run('sh', '-c', f'echo {slot} > {VIRTIO}/bind')
-            self.guest.run('udevadm', 'settle')
-        made.check()
-        self.assertEqual(
-            24 * MIB, self.count(self.map(made, there), 0))
-
-    def test_group_that_a_person_extends_is_used_at_once(self):
-        made = self.make_driver()
-        volume = self.wish(100 * MIB)
-        with self.assertRaises(errors.NoSpace):
-            made.create(volume)
-        self.lvm('vgextend', self.group, case.disk(2))
-        try:
-            made.create(volume)
-            self.lvm('pvmove', case.disk(2)) if lab.FULL else None
-            made.delete(volume)
-        finally:
-            self.lvm('vgreduce', self.group, case.disk(2))
-            self.lvm('pvremove', case.disk(2))
-
-    def test_group_is_made_only_of_empty_devices_and_when_asked(self):
-        disk = case.disk(3)
-        wanted = {
-            'volume_groups': ['vg-made'], 'create': True, 'devices': [disk],
-            'provisioning': 'thin',
-        }
-        self.addCleanup(
-            self.guest.run, 'vgremove', '-ff', '-y', '-q', 'vg-made',
-            check=False)
-        looks = driver.LvmDriver(self.settings(**wanted), self.node)
-        looks.may_format = False
-        with self.assertRaisesRegex(errors.Unavailable, 'no volume group'):
-            looks.check()
-        self.guest.run('mkfs.ext4', '-q', '-F', disk, '64M')
-        with self.assertRaisesRegex(errors.Invalid, 'carries ext4'):
-            self.make_driver(**wanted)
-        self.guest.run('e2fsck', '-fn', disk)
-        self.guest.run('wipefs', '-qa', disk)
-        for _ in range(2):
-            made = self.make_driver(**wanted)
-        pool, = made.pools()
-        self.assertLess(3 << 30, pool.free_bytes)
-        self.assertTrue(pool.thin)
-
-
 class ThinPoolTest(SmallCase, unittest.TestCase):
     """A pool that is nearly full, full, and looked into."""
 
@@ -445,6 +286,43 @@ class ThinPoolTest(SmallCase, unittest.TestCase):
         made.snapshot(taken[0])
         made.delete_snapshot(taken[0])
         made.delete(volume)
+
+    def test_pool_without_metadata_is_read_and_extended_by_a_check(self):
+        self.remove_group()
+        self.make_large_group()
+        made = self.make_driver()
+        volume = self.wish(256 * MIB)
+        made.create(volume)
+        self.guest.run('python3', '-c', BREAK, self.map(made, volume), '1')
+        # Each takes next to nothing now, and its share once it is written.
+        clones = [self.wish(volume.size_bytes) for _ in range(28)]
+        for clone in clones:
+            made.clone(volume, clone)
+        with self.assertRaises(lab.Failed):
+            for clone in clones:
+                self.guest.run(
+                    'python3', '-c', BREAK, self.map(made, clone), '100')
+        looks = driver.LvmDriver(self.settings(), self.node)
+        looks.may_format = False
+        for deed in looks.check, lambda: made.create(self.wish(MIB)):
+            with self.assertRaisesRegex(errors.Unavailable, 'read-only'):
+                deed()
+        self.assertEqual(0, made.pools()[0].free_bytes)
+        with made.reader(volume) as reader:
+            self.assertEqual(b'x' + bytes(999), reader.read(1000))
+        made.check()
+        self.guest.run('python3', '-c', BREAK, self.map(made, volume), '7')
+        for each in [*clones, volume]:
+            made.delete(each)
+        self.assertEqual(['pool'], self.lvs())
+
+    @classmethod
+    def make_large_group(cls):
+        cls.lvm('vgcreate', '-s', '1m', cls.group, case.disk(0))
+        cls.lvm(
+            'lvcreate', '-T', '-L', '512m', '--poolmetadatasize', '2m',
+            '--errorwhenfull', 'y', f'{cls.group}/pool',
+        )
 
     def test_snapshot_that_a_backup_has_made_is_not_taken_away(self):
         made = self.make_driver()

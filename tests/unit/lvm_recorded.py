@@ -204,6 +204,14 @@ FAILURES = (
      '  LV tvg/volume-a has open 1 snapshot(s), not deactivating.\n'),
     ('Busy', '  Snapshot origin volumes can be resized only while inactive: '
      'try lvchange -an.\n'),
+    ('Busy', '  Can\'t remove locked logical volume vgx/volume-a.\n'),
+    ('Busy', '  Cannot rename locked LV volume-a\n'),
+    ('Busy', '  Can\'t resize locked logical volume vgx/volume-a.\n'),
+    ('Busy', '  Snapshots of locked volumes are not supported.\n'),
+    ('Unavailable', '  WARNING: VG vgx is missing PV 7hlTWT-BHal-6xQk-7UHe-'
+     'n5oJ-xZdm-R1m9Cr (last written to /dev/vdc).\n'
+     '  Refusing activation of partial LV vgx/t1.  Use \'--activationmode '
+     'partial\' to override.\n'),
     ('Conflict', '  Logical Volume "volume-1" already exists in volume '
      'group "tvg"\n'),
     ('NoSpace', '  Volume group "tvg" has insufficient free space (957 '

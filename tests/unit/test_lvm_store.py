@@ -172,6 +172,22 @@ class ThinTest(Case):
             deed()
         self.assertEqual(before, set(self.world.lvs))
 
+    def test_nothing_is_removed_while_a_disk_is_missing(self):
+        volume, other = self.volume(seed=1), self.volume()
+        snapshot = model.Snapshot(ids.new(), volume, SIZE)
+        self.driver.snapshot(snapshot)
+        self.lvm('lvrename', lvm.GROUP, f'volume-{other.id}',
+                 f'deleted-{other.id}')
+        before, self.world.missing = set(self.world.lvs), True
+        for deed in (
+            lambda: self.driver.delete_snapshot(snapshot),
+            lambda: self.driver.delete(other),
+            lambda: self.driver.upkeep(lvm.GROUP),
+        ):
+            with self.assertRaisesRegex(errors.Unavailable, 'misses SIMPV'):
+                deed()
+        self.assertEqual(before, set(self.world.lvs))
+
     def test_damaged_metadata_are_found_and_released_again(self):
         self.world.damaged = True
         row, = self.checked({})
@@ -379,6 +395,14 @@ class ThickTest(Case):
             self.driver.create(self.wish())
         self.assertEqual(0, self.driver.pools()[0].free_bytes)
         self.assert_seed(volume, 1)
+
+    def test_missing_disk_that_is_back_is_told_how_to_be_let_in(self):
+        self.world.missing = self.world.is_back = True
+        with self.assertRaisesRegex(
+            errors.Unavailable,
+            'vgextend --restoremissing sim-vg /dev/sim',
+        ):
+            self.driver.create(self.wish())
 
     def test_wiping_that_is_cancelled_leaves_no_volume_and_can_be_undone(
         self,

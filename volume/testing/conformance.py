@@ -130,8 +130,8 @@ class DriverSuite(
         self.assert_seed(volume, 1)
 
     def test_create_twice_with_another_size_is_a_conflict(self) -> None:
-        volume = self.volume(seed=1)
-        for size_bytes in self.size(volume.size_bytes * 2), self.size(1):
+        volume = self.volume(seed=1, size_bytes=2 * self.size())
+        for size_bytes in 2 * volume.size_bytes, self.size():
             other = dataclasses.replace(volume, size_bytes=size_bytes)
             with self.assertRaises(errors.Conflict):
                 self.driver.create(other)

@@ -46,9 +46,9 @@ class CopyClaims(workbench.Workbench):
 
     def test_resize_never_shrinks(self) -> None:
         driver = self.need(base.Resize)
-        volume = self.volume(seed=1)
+        volume = self.volume(seed=1, size_bytes=2 * self.size())
         with self.assertRaises(errors.Invalid):
-            driver.resize(volume, self.size(volume.size_bytes // 2))
+            driver.resize(volume, self.size())
         self.assert_seed(volume, 1)
 
     def test_resize_above_the_limit_is_refused(self) -> None:
@@ -224,7 +224,8 @@ class CopyClaims(workbench.Workbench):
 
     def test_clone_smaller_than_its_source_is_refused(self) -> None:
         driver = self.need(base.Clone)
-        source, clone = self.volume(seed=1), self.wish(self.size_bytes // 2)
+        source = self.volume(seed=1, size_bytes=2 * self.size())
+        clone = self.wish()
         with self.assertRaises(errors.Invalid):
             driver.clone(source, clone)
         self.assert_absent(clone)

@@ -49,7 +49,7 @@ class Group:
         self._uuid = ''
         self._filter: tuple[str, ...] = ()
         self._known: dict[str, str] = {}
-        self._lost: frozenset[str] = frozenset()
+        self._lost: dict[str, str] = {}
 
     # Finding it.
 
@@ -85,7 +85,7 @@ class Group:
         self._uuid = uuids[0]
         there = {pv.pv_uuid: pv.pv_name for pv in seen if not pv.is_missing}
         self._known.update(there)
-        self._lost = frozenset(pv.pv_uuid for pv in seen if pv.is_missing)
+        self._lost = {pv.pv_uuid: pv.pv_name for pv in seen if pv.is_missing}
         self._filter = tuple(sorted(there.values()))
 
     def exists(self) -> bool:
@@ -142,7 +142,7 @@ class Group:
             # Its disks may have other names by now.
             self.find()
             found = self._look(where)
-        if not found.missing <= self._lost:
+        if not found.missing <= self._lost.keys():
             self.find()
             found = self._look(where)
         if found.uuid != self._uuid:
@@ -158,10 +158,19 @@ class Group:
 
     def missing_words(self, vg: Vg) -> str:
         """Say which disks are missing; nothing if none is."""
-        return ', '.join(
-            f'{uuid} (last seen as {self._known[uuid]})'
-            if uuid in self._known else uuid for uuid in sorted(vg.missing)
-        )
+        return ', '.join(map(self._missing_word, sorted(vg.missing)))
+
+    def _missing_word(self, uuid: str) -> str:
+        path = self._lost.get(uuid, '')
+        if path.startswith('/dev/'):
+            # The group was changed without it.
+            return (
+                f'{uuid}, which is there again as {path} and has to be let '
+                f'in (vgextend --restoremissing {self.name} {path})'
+            )
+        if uuid in self._known:
+            return f'{uuid} (last seen as {self._known[uuid]})'
+        return uuid
 
     def _look(self, where: str) -> Vg:
         selected = ('-S', where) if where else ()
@@ -251,8 +260,17 @@ class Group:
         """Remove a logical volume, and nothing together with it.
 
         :raises Busy: something would go with it
+        :raises Unavailable: a disk of the group is missing
         """
         vg = self.look(_with_dependents(name))
+        if vg.missing:
+            # This is the one change that LVM allows then. The disk would
+            # have an older version of the group when it comes back.
+            raise errors.Unavailable(
+                f'volume group {self.name} misses {self.missing_words(vg)}: '
+                f'{name} is not removed before that is back, or given up '
+                '(vgreduce --removemissing)'
+            )
         lv = vg.named(name)
         if lv is not None:
             refuse_dependents(vg, lv)

@@ -16,7 +16,7 @@ from volume.node import CommandFailed
 GROUP_GONE = re.compile(r'[Vv]olume group "?[^" ]+"? not found')
 MISSING = re.compile(
     r'while PVs are missing|is missing PV|Couldn.t find device|'
-    r'Cannot (?:change|process) .* PVs are missing'
+    r'Cannot (?:change|process) .* PVs are missing|of partial LV'
 )
 
 TABLE: tuple[tuple[re.Pattern[str], type[errors.VolumeError]], ...] = (
@@ -41,6 +41,8 @@ TABLE: tuple[tuple[re.Pattern[str], type[errors.VolumeError]], ...] = (
     (re.compile(r' in use\b|has open \d+ snapshot|used by another device|'
                 r'only while inactive|[Dd]evice or resource busy|'
                 r'is mounted'), errors.Busy),
+    # By a pvmove, until that has ended.
+    (re.compile(r'locked (?:logical volume|LV|volumes)\b'), errors.Busy),
     # It was there when we looked: somebody else is at it.
     (re.compile(r'Failed to find logical volume|not found in [Vv]olume '
                 r'group'), errors.Unavailable),

@@ -28,6 +28,8 @@ from volume.drivers.lvm.report import Vg
 COW_CHUNKS = 256  # exceptions of a snapshot that one chunk of tables holds
 COW_HEADER_BYTES = 1 << 16
 TRIES = 3
+# Health of a mirror where zeros would not come to one of its sides.
+BEHIND = ('partial', 'refresh needed')
 UPKEEP_S = 10.0  # of wiping at a time: others wait for it
 
 
@@ -148,6 +150,12 @@ class Thick(store.Store):
     def _wipe_and_remove(self, lv: Lv, limit_s: float) -> None:
         # Before a byte of it is gone.
         self.group.refuse_dependents(lv)
+        if lv.health in BEHIND:
+            raise errors.Unavailable(
+                f'{self.group.name}/{lv.name} is not well ({lv.health}) and '
+                'cannot be wiped on all of its disks: repair it first '
+                '(lvchange --refresh, lvconvert --repair)'
+            )
         if lv.is_thick_snapshot:
             self.group.change(
                 'lvconvert', '--splitsnapshot',

@@ -24,7 +24,9 @@ HEALTH = {
     'failed': 'has failed: look at the kernel log, and repair it '
               '(lvconvert --repair)',
     'metadata_read_only': 'is read-only, as its metadata is full or damaged:'
-                          ' extend and repair it (lvconvert --repair)',
+                          ' make room in the group (vgextend), or extend it '
+                          '(lvextend --poolmetadatasize); if that does not '
+                          'help, repair it (lvconvert --repair)',
     'partial': 'lies on a disk that is missing',
 }
 
@@ -48,6 +50,11 @@ class Thin(store.Store):
         if not vg.missing and not lv.is_active:
             self.group.change(
                 'lvchange', '-ay', '-K', f'{vg.name}/{lv.name}')
+            vg = self.group.look(self._pool_too())
+            lv = self._pool(vg)
+        if may_format and self._is_starved(vg, lv):
+            # Here, for there is no upkeep of what is down.
+            self._extend_pool(vg, lv)
             vg = self.group.look(self._pool_too())
             lv = self._pool(vg)
         self._refuse_unsafe(vg, lv)
@@ -239,6 +246,13 @@ class Thin(store.Store):
             around.ours('reverted', lv.id) is None
         )
 
+    def _is_starved(self, vg: Vg, lv: Lv) -> bool:
+        """Say whether more metadata is all that it needs."""
+        return (
+            lv.health == 'metadata_read_only' and not lv.needs_check
+            and not vg.missing and self.settings.extend_percent < 100
+        )
+
     def _extend_pool(self, vg: Vg, lv: Lv) -> bool:
         high, by = self.settings.extend_percent, (
             self.settings.extend_by_percent)
@@ -310,8 +324,10 @@ class Thin(store.Store):
     def _refuse_unsafe(self, vg: Vg, lv: Lv) -> None:
         name = f'{vg.name}/{lv.name}'
         if lv.health in HEALTH:
+            which = self.group.missing_words(vg)
             raise errors.Unavailable(
                 f'thin pool {name} {HEALTH[lv.health]}'
+                f'{": " if which else ""}{which}'
             )
         if lv.needs_check:
             raise errors.Unavailable(
