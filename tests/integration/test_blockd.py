@@ -16,6 +16,7 @@ from tests.integration.blockd_case import MIB
 from tests.integration.blockd_case import run
 from tests.integration.blockd_case import SIZE
 from volume import errors
+from volume import progress
 from volume.blockd import Blockd
 from volume.drivers import generic
 from volume.nbd import NbdClient
@@ -332,6 +333,39 @@ class PrivateTest(BlockdCase):
                     call(writer)
                 with self.assertRaises(errors.Unknown):
                     writer.commit()
+
+    def test_zeros_are_made_in_pieces_that_are_told_and_stopped(
+        self
+    ) -> None:
+        piece, start, told = generic.ZERO_BYTES_MAX, MIB, []
+        length = 2 * piece + 512
+        end = start + length
+        inside = start, start + piece - 1, start + piece, end - 513, end - 1
+        beside = start - 1, end
+        path = self.raw('a')
+        os.truncate(path, end + MIB)
+
+        def watch(done_bytes: int, total_bytes: int) -> None:
+            told.append((done_bytes, total_bytes))
+            if requests == 1:
+                raise errors.Cancelled('enough')
+
+        with open(path, 'r+b') as f:
+            for requests in 1, 3:
+                for at in inside + beside:
+                    os.pwrite(f.fileno(), b'x', at)
+                self.node.seen.clear()
+                with generic.nbd_writer(
+                    self.node, self.plain('a')
+                ) as writer, progress.watching(watch), contextlib.suppress(
+                    errors.Cancelled
+                ):
+                    writer.zero(start, length)
+                self.assertEqual(requests, self.node.seen.count('nbd zero'))
+                self.assertEqual((piece, length), told.pop(0))
+            self.assertEqual({
+                **dict.fromkeys(inside, b'\0'), **dict.fromkeys(beside, b'x'),
+            }, {at: os.pread(f.fileno(), 1, at) for at in inside + beside})
 
     def test_writing_past_the_end_is_refused(self) -> None:
         self.qcow2('a')

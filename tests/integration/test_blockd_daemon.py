@@ -15,6 +15,7 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.integration.blockd_case import BlockdCase
+from volume import blockdaemon
 from volume import errors
 from volume import qmp
 from volume.blockd import Blockd
@@ -28,6 +29,43 @@ threading.Thread(target=time.sleep, args=(60,)).start()
 print(flush=True)
 ctypes.CDLL(None).pthread_exit(None)
 """
+
+# Stands for the daemon: it is deaf for some starts, then it is the daemon.
+# Deaf is who sets up all, greets, and answers no command.
+DEAF = """#!{python}
+import os, socket, sys
+directory, starts, hangs_up = {directory!r}, {starts}, {hangs_up}
+with open(directory + '/starts', 'a+') as f:
+    f.write(str(os.getpid()) + ' ')
+    f.seek(0)
+    nth = len(f.read().split())
+if nth > starts:
+    os.execvp({program!r}, [{program!r}, *sys.argv[1:]])
+ready = socket.socket(socket.AF_UNIX)
+ready.bind({ready!r} + '.deaf')
+ready.listen()
+os.rename({ready!r} + '.deaf', {ready!r})
+with open(sys.argv[sys.argv.index('--pidfile') + 1], 'w') as f:
+    f.write(str(os.getpid()))
+taken = []
+while True:
+    taken.append(ready.accept()[0])
+    taken[-1].sendall(b'{{"QMP": {{"version": {{}}, "capabilities": []}}}}\\n')
+    if hangs_up:
+        taken.pop().close()
+"""
+
+
+class DeafProcess(blockdaemon.Process):
+    """Its daemon is another program."""
+
+    program = ''
+
+    def _argv(self) -> list[str]:
+        return [
+            self.program if each == blockdaemon.PROGRAM else each
+            for each in super()._argv()
+        ]
 
 
 class DaemonTest(BlockdCase):
@@ -219,6 +257,55 @@ class DaemonTest(BlockdCase):
         os.makedirs(os.path.join(self.directory, 'nbd'), 0o700)
         with self.assertRaisesRegex(errors.Unavailable, 'nbd'):
             self.blockd.ensure()
+
+    def deaf(self, starts: int, hangs_up: bool) -> DeafProcess:
+        """Return a process whose first starts are deaf."""
+        made = DeafProcess(self.node, self.directory, None)
+        made.program = self.path('deaf')
+        with open(made.program, 'w') as f:
+            f.write(DEAF.format(
+                python=sys.executable, directory=self.root, starts=starts,
+                hangs_up=hangs_up, program=blockdaemon.PROGRAM,
+                ready=qmp.paths(self.directory)[-1],
+            ))
+        os.chmod(made.program, 0o700)
+        self.addCleanup(self.end_starts)
+        return made
+
+    def end_starts(self) -> None:
+        for pid in self.starts():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def starts(self) -> list[int]:
+        """Return the pids of all that were started."""
+        with open(self.path('starts')) as f:
+            return [int(pid) for pid in f.read().split()]
+
+    def test_daemon_that_starts_deaf_is_ended_and_started_anew(self) -> None:
+        self.deaf(1, hangs_up=False).bring_up()
+        first, second = self.starts()
+        with self.assertRaises(ProcessLookupError):
+            os.kill(first, 0)
+        self.assertEqual(second, self.pid())
+        self.assertEqual({}, self.blockd.exports())
+
+    def test_of_a_daemon_that_is_deaf_each_time_nothing_is_left(
+        self
+    ) -> None:
+        process = self.deaf(blockdaemon.STARTS, hangs_up=True)
+        with self.assertRaisesRegex(
+            errors.Unavailable, 'qemu-storage-daemon does not answer'
+        ):
+            process.bring_up()
+        pids = self.starts()
+        self.assertEqual(blockdaemon.STARTS, len(pids))
+        for pid in pids:
+            with self.assertRaises(ProcessLookupError):
+                os.kill(pid, 0)
+        # Nor is anything in the way of one that hears.
+        process.bring_up()
+        self.assertEqual({}, self.blockd.exports())
 
     def test_path_too_long_for_a_socket_is_refused_with_the_reason(
         self

@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a volume may be used: asked for, kept, told to hosts."""
 
+import dataclasses
 import unittest
 
+from tests.fault import world
 from tests.integration import serving
+from volume import errors
 from volume import model
+from volume import periodic
+from volume.db import models
+from volume.drivers import base
+from volume.drivers.file import FileDriver
+from volume.testing import fixtures
+from volume.verbs import limits
+from volume.verbs import volumes
 
 HOST = {'host': 'h1'}
 
@@ -69,3 +79,70 @@ class Limits(unittest.TestCase):
         ):
             self.assertEqual(400, self.act(os__limit=asked).status, asked)
         self.assertEqual({'iops': None, 'bytes_per_s': None}, self.limits())
+
+
+class Bounding(FileDriver, base.Limits):
+    """Storage that keeps limits itself, and may be told to fail."""
+
+    trouble = None
+
+    def limit(self, volume, limits):
+        if self.trouble:
+            raise self.trouble
+
+
+class Failed(unittest.TestCase):
+    """Limits that storage was to keep to, and did not confirm."""
+
+    def setUp(self):
+        directory = fixtures.plain_directory(self)
+        self.world = world.World(
+            self, f'driver = file\ndirectories = {directory}\n'
+            'exporter = local',
+        )
+        self.world.settings = dataclasses.replace(
+            self.world.settings, job_retry_s=5.0
+        )
+        self.core = dataclasses.replace(
+            self.world.core, settings=self.world.settings
+        )
+        backend = self.world.backends['b']
+        self.driver = backend.driver = Bounding(
+            backend.driver.conf, self.world.node
+        )
+        periodic.refresh(
+            self.core, self.world.backends.values(), world.HOST
+        )
+        self.volume_id = volumes.create(
+            self.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
+        ).id
+
+    def limit(self, trouble=None, **asked):
+        """Ask for limits; return the volume when the job has ended."""
+        self.driver.trouble = trouble
+        limits.limit(
+            self.core, world.CALLER, self.volume_id, model.IoLimits(**asked)
+        )
+        self.world.recover()
+        return self.world.live(models.Volume)[self.volume_id]
+
+    def test_storage_that_refused_is_quoted_and_the_former_limits_hold(self):
+        self.limit(iops=500)
+        for trouble in errors.Invalid('too few'), errors.Unavailable('gone'):
+            row = self.limit(trouble, iops=7)
+            self.assertEqual(f'it was not limited: {trouble}', row.reason)
+            self.assertEqual(500, row.iops_limit)
+            self.assertEqual('available', row.status)
+
+    def test_of_storage_that_did_not_answer_nobody_says_what_it_keeps_to(
+        self
+    ):
+        row = self.limit(errors.Unknown('hung up'), bytes_per_s=1 << 20)
+        self.assertNotIn('not limited', row.reason)
+        self.assertRegex(row.reason, 'not known, set them again: .*hung up')
+        self.assertEqual('available', row.status)
+
+    def test_limits_that_were_set_after_all_leave_no_reason(self):
+        self.limit(errors.Unknown('hung up'), iops=7)
+        row = self.limit(iops=7)
+        self.assertEqual(('', 7), (row.reason, row.iops_limit))

@@ -18,7 +18,9 @@ from tests.lab import exports_case
 from tests.lab import hosts
 from tests.lab import targets
 from volume import errors
+from volume import identity
 from volume import model
+from volume.connector import multipath
 from volume.connector import nvme_host
 from volume.connector import open_iscsi
 from volume.connector.iscsi import IscsiConnector
@@ -60,6 +62,13 @@ class GuestNode(exports_case.FaultyGuestNode):
     """
 
     locks = ''
+    late = None  # what happens just before users are looked for, once
+
+    def users(self, path):
+        if self.late:
+            late, self.late = self.late, None
+            late()
+        return super().users(path)
 
     def configure(self, wanted):
         if all(op.verb in LOOKS for op in wanted):
@@ -482,6 +491,30 @@ class MultipathTest(IscsiConnectorTest):
                 'queue_if_no_path', self.guest.run('dmsetup', 'table', path))
             self.guest.run('dmsetup', 'message', path, '0',
                            'fail_if_no_path')
+
+    def test_a_map_that_comes_as_its_disk_is_let_go_of_is_ended_as_well(
+        self
+    ):
+        target = self.target()
+        path = self.attach_by_one_portal(target)
+        wwid = f'3{identity.scsi_naa(target.volume_id)}'
+        self.addCleanup(setattr, self.node, 'late', None)
+        self.node.late = lambda: multipath.gather(
+            self.node, wwid, [path.removeprefix('/dev/')]
+        )
+        self.connector.detach(target.connection)
+        self.assertIsNone(self.node.late, 'no map has come')
+        self.assertNotIn(wwid, self.guest.run('multipath', '-ll'))
+        self.assertFalse(self.is_up(target))
+
+    def attach_by_one_portal(self, target):
+        """Return the disk itself: of one path multipathd makes no map."""
+        path = self.connector.attach(self.by(target, case.PORTALS[0]))
+        self.addCleanup(self.connector.detach, target.connection)
+        self.assertEqual([], multipath.over(
+            self.node, [path.removeprefix('/dev/')]
+        ))
+        return path
 
     def test_no_command_line_ever_has_the_secret(self):
         self.skipTest('one portal shows it')

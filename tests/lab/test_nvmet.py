@@ -15,6 +15,7 @@ from volume.exports import naming
 from volume.exports.nvmet import NvmetExporter
 from volume.exports.nvmet_subsystem import namespace
 from volume.node import Op
+from volume.remote.node import SshNode
 from volume.testing import exports
 from volume.testing import fixtures
 
@@ -74,6 +75,23 @@ class NvmeSession:
 
     def close(self):
         self.host.disconnect(self.info)
+
+
+class InterruptedNode(SshNode):
+    """Lets something happen just before a host is admitted, once."""
+
+    happens = None
+
+    def configure(self, wanted):
+        found = []
+        for op in wanted:
+            if self.happens and (
+                op.verb == 'link' and '/allowed_hosts/' in op.path
+            ):
+                happens, self.happens = self.happens, None
+                happens()
+            found += super().configure([op])
+        return found
 
 
 class NvmetCase(exports_case.DeviceCase):
@@ -168,6 +186,24 @@ class NvmetTest(exports.ExporterSuite, NvmetCase):
         self.node.configure([Op.put(f'{namespace(name)}/enable', '0')])
         self.assertEqual(set(), self.exporter.exported())
         connection = self.export(attachment_id)
+        self.assertEqual({attachment_id}, self.exporter.exported())
+        self.assertEqual(self.image, self.read(connection))
+
+    def test_hosts_entry_that_another_service_removes_is_made_again(self):
+        other = self.make_exporter(
+            nvme_target_prefix='nqn.2010-10.org.example.other:'
+        )
+        theirs = self.wanted(self.attachment())
+        other.export(theirs)
+        self.addCleanup(other.unexport, theirs.attachment_id)
+        node = InterruptedNode(exports_case.target_of(self.guest))
+        self.addCleanup(node.close)
+        node.happens = lambda: other.unexport(theirs.attachment_id)
+        attachment_id = self.attachment()
+        connection = self.make_exporter(node).export(
+            self.wanted(attachment_id)
+        )
+        self.assertIsNone(node.happens, 'it did not happen')
         self.assertEqual({attachment_id}, self.exporter.exported())
         self.assertEqual(self.image, self.read(connection))
 

@@ -25,8 +25,10 @@ def too_late(job_id, timeout_s):
     raise errors.Unknown(f'job {job_id} goes on')
 
 
-class GivenUp(unittest.TestCase):
-    """A host asks, and stops waiting before its job has begun."""
+class Access(unittest.TestCase):
+    """A volume, and a service that exports it on its own machine."""
+
+    wish = volumes.NewVolume(size_bytes=1 << 20)
 
     def setUp(self):
         directory = fixtures.plain_directory(self)
@@ -36,8 +38,25 @@ class GivenUp(unittest.TestCase):
         )
         self.core = self.world.core
         self.volume_id = volumes.create(
-            self.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
+            self.core, world.CALLER, self.wish
         ).id
+
+    @property
+    def exporter(self):
+        return self.world.backends['b'].exporter
+
+    def status(self):
+        return self.world.live(models.Volume)[self.volume_id].status
+
+    def reachable(self):
+        return self.exporter.exported()
+
+
+class GivenUp(Access):
+    """A host asks, and stops waiting before its job has begun."""
+
+    def setUp(self):
+        super().setUp()
         attachments.reserve(self.core, world.CALLER, self.volume_id)
         self.give_up(self.volume_id, CONNECTOR)
 
@@ -47,12 +66,6 @@ class GivenUp(unittest.TestCase):
         )
         with self.assertRaises(errors.Unknown):
             attachments.connect(hasty, world.CALLER, volume_id, connector)
-
-    def status(self):
-        return self.world.live(models.Volume)[self.volume_id].status
-
-    def reachable(self):
-        return self.world.backends['b'].exporter.exported()
 
     def test_unreserved_it_is_not_exported_behind_our_back(self):
         attachments.unreserve(self.core, world.CALLER, self.volume_id)
@@ -121,46 +134,29 @@ class GivenUp(unittest.TestCase):
         self.assertEqual(set(), self.reachable())
 
 
-class Strangers(unittest.TestCase):
+class Strangers(Access):
     def test_an_export_that_the_database_does_not_know_goes_on(self):
-        directory = fixtures.plain_directory(self)
-        made = world.World(
-            self, f'driver = file\ndirectories = {directory}\n'
-            'exporter = local',
-        )
-        volume_id = volumes.create(
-            made.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
-        ).id
-        exporter = made.backends['b'].exporter
         export_id = ids.new()
-        exporter.export(Export(
-            export_id, volume_id,
-            made.driver().map(made.noun(volume_id), model.Access.WRITE),
-            model.Host('h'), model.Access.WRITE, 1 << 20,
+        device = self.world.driver().map(
+            self.world.noun(self.volume_id), model.Access.WRITE
+        )
+        self.exporter.export(Export(
+            export_id, self.volume_id, device, model.Host('h'),
+            model.Access.WRITE, 1 << 20,
         ))
         strangers = set()
         for _ in range(2):
             self.assertEqual([], periodic.end_orphan_exports(
-                made.core, made.backends, strangers
+                self.core, self.world.backends, strangers
             ))
         self.assertEqual({export_id}, strangers)
-        self.assertEqual({export_id}, exporter.exported())
+        self.assertEqual({export_id}, self.reachable())
 
 
-class TwiceOnOneHost(unittest.TestCase):
+class TwiceOnOneHost(Access):
     """Two virtual machines of one host share a volume."""
 
-    def setUp(self):
-        directory = fixtures.plain_directory(self)
-        self.world = world.World(
-            self, f'driver = file\ndirectories = {directory}\n'
-            'exporter = local',
-        )
-        self.core = self.world.core
-        self.volume_id = volumes.create(
-            self.core, world.CALLER,
-            volumes.NewVolume(size_bytes=1 << 20, multiattach=True),
-        ).id
+    wish = volumes.NewVolume(size_bytes=1 << 20, multiattach=True)
 
     def attach(self, host):
         made = attachments.create(
@@ -170,9 +166,6 @@ class TwiceOnOneHost(unittest.TestCase):
             self.core, world.CALLER, made.id, {'host': host}
         )
         attachments.complete(self.core, world.CALLER, made.id)
-
-    def reachable(self):
-        return self.world.backends['b'].exporter.exported()
 
     def test_each_has_an_attachment_of_its_own(self):
         self.attach('one')
@@ -184,9 +177,8 @@ class TwiceOnOneHost(unittest.TestCase):
         reserved = attachments.create(
             self.core, world.CALLER, self.volume_id, ids.new()
         )
-        exporter = self.world.backends['b'].exporter
-        lost, = exporter.exported()
-        exporter.unexport(lost)
+        lost, = self.reachable()
+        self.exporter.unexport(lost)
         later = dataclasses.replace(self.core, hint=lambda *known: None)
         self.assertEqual(
             1, periodic.restore_exports(later, self.world.backends)
@@ -231,20 +223,12 @@ class TwiceOnOneHost(unittest.TestCase):
         self.assertEqual(2, len(self.reachable()))
 
 
-class Undone(unittest.TestCase):
+class Undone(Access):
     """An attach fails, and what it has done cannot be undone."""
 
     def setUp(self):
-        directory = fixtures.plain_directory(self)
-        self.world = world.World(
-            self, f'driver = file\ndirectories = {directory}\n'
-            'exporter = local',
-        )
-        self.core = self.world.core
-        self.volume_id = volumes.create(
-            self.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
-        ).id
-        exporter = self.exporter = self.world.backends['b'].exporter
+        super().setUp()
+        exporter = self.exporter
         self.unexport, export = exporter.unexport, exporter.export
 
         def half(wanted):
@@ -267,10 +251,7 @@ class Undone(unittest.TestCase):
         with contextlib.suppress(errors.VolumeError):
             attachments.unreserve(self.core, world.CALLER, self.volume_id)
         self.assertEqual('error_attaching', self.status())
-        self.assertEqual(1, len(self.exporter.exported()))
-
-    def status(self):
-        return self.world.live(models.Volume)[self.volume_id].status
+        self.assertEqual(1, len(self.reachable()))
 
     def test_reserved_or_not_it_is_known_and_can_be_detached(self):
         for begin in (
@@ -291,63 +272,48 @@ class Undone(unittest.TestCase):
                 )
                 self.exporter.unexport = stuck
                 self.assertEqual('available', self.status())
-                self.assertEqual(set(), self.exporter.exported())
+                self.assertEqual(set(), self.reachable())
                 self.assertEqual([], self.world.all(models.Attachment))
 
     def test_nobody_is_let_in_by_a_restart(self):
         self.half_attach(lambda: None)
-        for attachment_id in self.exporter.exported():
+        for attachment_id in self.reachable():
             self.unexport(attachment_id)
         self.assertEqual(0, periodic.restore_exports(
             self.core, self.world.backends
         ))
 
 
-class Extending(unittest.TestCase):
+class Extending(Access):
     """An extend of an attached volume, of which nobody knows the end."""
 
     def test_it_can_be_detached_and_is_exported_again(self):
-        directory = fixtures.plain_directory(self)
-        made = world.World(
-            self, f'driver = file\ndirectories = {directory}\n'
-            'exporter = local',
+        attachments.connect(
+            self.core, world.CALLER, self.volume_id, CONNECTOR
         )
-        volume_id = volumes.create(
-            made.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
-        ).id
-        attachments.connect(made.core, world.CALLER, volume_id, CONNECTOR)
-        attachments.attach(made.core, world.CALLER, volume_id, None, None)
-        made.db.write(lambda session: session.execute(
+        attachments.attach(
+            self.core, world.CALLER, self.volume_id, None, None
+        )
+        self.core.db.write(lambda session: session.execute(
             update(models.Volume).values(status='error_extending')
         ))
-        exporter = made.backends['b'].exporter
-        there = exporter.exported()
+        there = self.reachable()
         for attachment_id in there:
-            exporter.unexport(attachment_id)
+            self.exporter.unexport(attachment_id)
         self.assertEqual(
-            1, periodic.restore_exports(made.core, made.backends)
+            1, periodic.restore_exports(self.core, self.world.backends)
         )
-        made.recover()
-        self.assertEqual(there, exporter.exported())
-        attachments.detach(made.core, world.CALLER, volume_id)
+        self.world.recover()
+        self.assertEqual(there, self.reachable())
+        attachments.detach(self.core, world.CALLER, self.volume_id)
         attachments.disconnect(
-            made.core, world.CALLER, volume_id, CONNECTOR
+            self.core, world.CALLER, self.volume_id, CONNECTOR
         )
-        self.assertEqual(set(), exporter.exported())
+        self.assertEqual(set(), self.reachable())
 
 
-class Differently(unittest.TestCase):
+class Differently(Access):
     """What is asked for is not what the host has."""
-
-    def setUp(self):
-        directory = fixtures.plain_directory(self)
-        self.core = world.World(
-            self, f'driver = file\ndirectories = {directory}\n'
-            'exporter = local',
-        ).core
-        self.volume_id = volumes.create(
-            self.core, world.CALLER, volumes.NewVolume(size_bytes=1 << 20)
-        ).id
 
     def test_an_attachment_is_not_told_to_another_host(self):
         made = attachments.create(

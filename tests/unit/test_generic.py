@@ -143,6 +143,26 @@ class FileTest(unittest.TestCase):
                 requests, sum('zero' in what for what in self.node.done))
             self.assertEqual((generic.ZERO_BYTES_MAX, size), told.pop(0))
 
+    def test_the_pieces_cover_the_run_and_touch_nothing_beside_it(
+        self
+    ) -> None:
+        piece, start = generic.ZERO_BYTES_MAX, MIB + 3
+        length = 2 * piece + 5
+        end = start + length
+        inside = start, start + piece - 1, start + piece, end - 6, end - 1
+        beside = start - 1, end, end + piece
+        size = end + piece + 1
+        os.truncate(self.path, size)
+        with open(self.path, 'r+b') as f:
+            for at in inside + beside:
+                os.pwrite(f.fileno(), b'x', at)
+            with generic.file_writer(self.node, self.path, size) as writer:
+                writer.zero(start, length)
+                writer.commit()
+            self.assertEqual({
+                **dict.fromkeys(inside, b'\0'), **dict.fromkeys(beside, b'x'),
+            }, {at: os.pread(f.fileno(), 1, at) for at in inside + beside})
+
     def test_zeros_that_are_written_keep_to_the_rate(self) -> None:
         # What has to be freed costs nothing, whatever the rate.
         with progress.watching(None, 1):

@@ -200,6 +200,12 @@ class ConfigfsExporter(Exporter, Generic[T]):
             for name, ops in questions.items()
         }
 
+    def remove_if_there(self, target: T) -> None:
+        """Remove a target, whole or half made."""
+        names = self.names()
+        if target.name in names:
+            self.remove(target.name, names)
+
     # Ours alone.
 
     def _target(self, wanted: Export, names: Names) -> T:
@@ -268,22 +274,17 @@ class ConfigfsExporter(Exporter, Generic[T]):
             return known
         self.remove_restored()
         for each in left:
-            self._remove_if_there(each)
+            self.remove_if_there(each)
         return self._look(targets)
 
     def _undo(self, targets: Sequence[T]) -> None:
         """Remove what was half made."""
         for each in targets:
             try:
-                self._remove_if_there(each)
+                self.remove_if_there(each)
             except errors.VolumeError as failed:
                 LOG.warning('%s is left: %s', each.name, failed)
                 return
-
-    def _remove_if_there(self, target: T) -> None:
-        names = self.names()
-        if target.name in names:
-            self.remove(target.name, names)
 
 
 def _path(wanted: Export) -> str:

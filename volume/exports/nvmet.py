@@ -126,12 +126,16 @@ class NvmetExporter(ConfigfsExporter[Subsystem]):
             op for each in targets
             for op in (*each.make(known[each.name][0]), *each.reach(ports))
         ]
-        with self._hosts:
-            try:
+        try:
+            with self._hosts:
                 self.node.configure(ops)
-            except errors.NotFound:
-                # Another service of the node has let go of a host's entry
-                # just before it was admitted here; all of it may be repeated.
+        except errors.NotFound:
+            # Another service of the node may have let go of a host's entry
+            # just before it was admitted here. Made anew, not repeated: an
+            # enabled namespace is not told a second time what it is.
+            for each in targets:
+                self.remove_if_there(each)
+            with self._hosts:
                 self.node.configure(ops)
 
     def renew(

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A service that finds itself fenced ends its own daemons, and no other's."""
+
+import os
+import unittest
+
+from tests import aoe
+from tests import tgt
+from tests.process import ServiceProcess
+from volume import ids
+from volume import model
+from volume import service
+from volume.exports.aoe import AoeExporter
+from volume.exports.base import Export
+from volume.exports.tgt_wire import Tgtd
+from volume.node import Node
+from volume.testing import fixtures
+
+MAC = '02:00:00:00:00:01'
+CONNECTOR = {
+    'host': 'h1', 'initiator': 'iqn.2024-01.example:one', 'aoe_mac': MAC,
+}
+END_S = 60
+
+
+class Fenced(unittest.TestCase):
+
+    def start(self, exporter):
+        """Have a service, started anew since it has exported a volume."""
+        made = ServiceProcess(
+            self, '[b]\ndriver = file\ndirectories = {root}/pool\n'
+            f'{exporter}', extra='lease_s = 3\n',
+        )
+        # It ends with the test, whatever has become of the service.
+        self.node = Node(made.state)
+        self.addCleanup(tgt.end, self.node)
+        self.addCleanup(AoeExporter(None, self.node).abandon)
+        made.start()
+        volume_id = made.call('POST', '/volumes', {'volume': {
+            'size_bytes': model.MIB,
+        }})['volume']['id']
+        made.wait(volume_id, 'available')
+        attachment = made.call('POST', '/attachments', {'attachment': {
+            'volume_uuid': volume_id, 'instance_uuid': ids.new(),
+            'connector': CONNECTOR,
+        }})['attachment']
+        made.call('POST', f'/attachments/{attachment["id"]}/action', {
+            'os-complete': {},
+        })
+        # What an earlier process has started is no child of this one.
+        made.kill()
+        made.start()
+        return made, attachment['id']
+
+    def fence(self, made):
+        """Take its name from it, as an operator does, and see it end."""
+        made.sql('UPDATE services SET is_fenced = :yes', yes=True)
+        self.assertEqual(
+            service.GIVEN_UP, made.process.wait(END_S), made.tail()
+        )
+
+    def bystander(self, exporter):
+        """Export a file by somebody else's exporter, ended with the test."""
+        path = os.path.join(exporter.node.state_dir, 'image')
+        with open(path, 'wb') as f:
+            f.truncate(model.MIB)
+        exporter.check()
+        attachment_id = ids.new()
+        self.addCleanup(exporter.abandon)
+        exporter.export(Export(
+            attachment_id, ids.new(), model.Device(path, is_block=False),
+            model.Host('h2', (), CONNECTOR['initiator'], properties={
+                'aoe_mac': MAC,
+            }), model.Access.WRITE, model.MIB,
+        ))
+        return attachment_id
+
+    def test_its_tgtd_ends_with_it_and_another_goes_on(self):
+        tgt.need(self)
+        other = tgt.make_exporter(
+            self, fixtures.make_node(self), [tgt.free_portal()], chap='off'
+        )
+        theirs = self.bystander(other)
+        made, mine = self.start(
+            f'exporter = tgt\niscsi_portals = {tgt.free_portal()}\n'
+            'chap = off\n'
+        )
+        tgtd = Tgtd(self.node, f'{made.state}/tgtd/socket.0')
+        self.assertIn(mine, tgtd.listing())
+        self.fence(made)
+        self.assertEqual([], processes(f'TGT_IPC_SOCKET={made.state}/'))
+        self.assertEqual({theirs}, other.exported())
+
+    def test_its_vblades_end_with_it_and_another_goes_on(self):
+        aoe.need(self)
+        interface = aoe.make_pair(self)[0]
+        other = AoeExporter(fixtures.settings(
+            AoeExporter, aoe_interface=interface, aoe_trusted_network=True,
+            aoe_shelves='100-199',
+        ), fixtures.make_node(self))
+        theirs = self.bystander(other)
+        made, mine = self.start(
+            f'exporter = aoe\naoe_interface = {interface}\n'
+            'aoe_trusted_network = true\n'
+        )
+        ours = AoeExporter(None, self.node)
+        self.assertEqual({mine}, ours.exported())
+        self.fence(made)
+        self.assertEqual(set(), ours.exported())
+        self.assertEqual({theirs}, other.exported())
+
+
+def processes(word):
+    """Return the processes whose environment has a word."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir('/proc')):
+        try:
+            with open(f'/proc/{pid}/environ', 'rb') as f:
+                if word.encode() in f.read():
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
