@@ -159,12 +159,6 @@ class Thick(store.Store):
         lv = self._again(lv)
         # Before a byte of it is gone.
         self.group.refuse_dependents(lv)
-        if lv.health in BEHIND:
-            raise errors.Unavailable(
-                f'{self.group.name}/{lv.name} is not well ({lv.health}) and '
-                'cannot be wiped on all of its disks: repair it first '
-                '(lvchange --refresh, lvconvert --repair)'
-            )
         if lv.is_thick_snapshot:
             self.group.change(
                 'lvconvert', '--splitsnapshot',
@@ -177,6 +171,7 @@ class Thick(store.Store):
                     'lvchange', '-prw', f'{self.group.name}/{lv.name}'
                 )
             path = self.group.activate(lv)
+            self._refuse_behind(lv)
             at = wiping.wipe(
                 self.node, path, lv.wiped_bytes, lv.stored_bytes, limit_s
             )
@@ -184,6 +179,21 @@ class Thick(store.Store):
                 self._mark_wiped(lv, [names.wiped_tag(at)])
                 return
         self.group.remove(lv.name)
+
+    def _refuse_behind(self, lv: Lv) -> None:
+        """Refuse to wipe a mirror that one of its disks does not follow.
+
+        :raises Unavailable: it is one
+        """
+        if lv.layout == {'linear'}:
+            return
+        health = self._again(lv).health
+        if health in BEHIND:
+            raise errors.Unavailable(
+                f'{self.group.name}/{lv.name} is not well ({health}) and '
+                'cannot be wiped on all of its disks: repair it first '
+                '(lvchange --refresh, lvconvert --repair)'
+            )
 
     # Growth.
 
