@@ -81,6 +81,21 @@ class UsersTest(unittest.TestCase):
         with self.held(disk.path) as user:
             self.assertIn(user, ' '.join(users.users(disk.path)))
 
+    def test_partition_that_vanishes_while_it_is_looked_at_is_passed_over(
+        self
+    ) -> None:
+        with tempfile.TemporaryDirectory() as block:
+            for name, number in ('sda1', '8:1'), ('sda2', ''):
+                os.makedirs(f'{block}/8:0/{name}')
+                for key, text in ('partition', '1'), ('dev', number):
+                    with open(f'{block}/8:0/{name}/{key}', 'w') as f:
+                        f.write(text)
+            os.unlink(f'{block}/8:0/sda2/dev')
+            self.assertEqual(
+                {os.makedev(8, 0), os.makedev(8, 1)},
+                users._with_partitions(os.makedev(8, 0), block),
+            )
+
     def test_device_is_in_use_by_whatever_mount_it_was_opened(self) -> None:
         path = self.device()
         with tempfile.TemporaryDirectory() as directory:

@@ -54,13 +54,14 @@ def _few(named: list[str]) -> list[str]:
     return list(dict.fromkeys(named))[:SHOWN_MAX]
 
 
-def _with_partitions(device: int) -> set[int]:
+def _with_partitions(device: int, block: str = BLOCK) -> set[int]:
     found = {device}
-    base = f'{BLOCK}/{_number(device)}'
+    base = f'{block}/{_number(device)}'
     for name in _names(base):
         if os.path.exists(f'{base}/{name}/partition'):
-            major, minor = _text(f'{base}/{name}/dev').split(':')
-            found.add(os.makedev(int(major), int(minor)))
+            major, colon, minor = _text(f'{base}/{name}/dev').partition(':')
+            if colon:  # else it has vanished meanwhile
+                found.add(os.makedev(int(major), int(minor)))
     return found
 
 
