@@ -14,12 +14,14 @@ import re
 import threading
 
 from volume.commands import CommandFailed
+from volume.machine.names import About
 from volume.node import Node
 from volume.testing import faults
 
 GROUP = 'sim-vg'
 GROUP_UUID = 'SIMGRP-0000-0000-0000-0000-0000-000000'
 EXTENT = 1 << 16
+MAPPER = '/dev/mapper/'
 STALE = b'\xee'  # what lies in extents that nobody has written yet
 BLOCK = 1 << 12  # of a thin pool
 
@@ -33,7 +35,8 @@ class Lv:
         self.extents = []
         self.origin = self.origin_size = None
         self.active = self.read_only = False
-        self.skip = self.open = self.invalid = False
+        self.skip = self.open = self.invalid = self.suspended = False
+        self.needs_check = False
         self.thin_id = None
         self.pool = 'pool'
         self.filled = None  # of a snapshot, in percent
@@ -52,6 +55,8 @@ class World:
         self.missing = self.damaged = False
         self.is_back = False  # what was missing, and nobody has let it in
         self.discards = False  # as lvm.conf may have it
+        self.stale = {}  # links, and whose device they lead to
+        self.hangs = False  # the layer of the thin pool
         self.has_group = True
         self.signatures = []  # of disks that are in no group
         self.held = None  # the root of the pool's metadata snapshot
@@ -81,7 +86,7 @@ class World:
     def path(self, device):
         """Return the file that stands for a device; none if it is gone."""
         name = device.removeprefix('/dev/mapper/sim--vg-').replace('--', '-')
-        lv = self.lvs.get(name)
+        lv = self.lvs.get(self.stale.get(name, name))
         return self._file(lv) if lv and lv.active else None
 
     def _pvs(self, words):
@@ -146,8 +151,8 @@ class World:
             'lv_name': lv.name, 'lv_uuid': lv.uuid, 'lv_size': str(
                 len(lv.extents) * EXTENT if lv.kind == 'cow' else lv.size),
             'lv_tags': ','.join(sorted(lv.tags)), 'lv_role': roles,
-            'lv_layout': {'pool': 'thin,pool', 'thin': 'thin,sparse'}.get(
-                lv.kind, 'linear'),
+            'lv_layout': {'pool': 'thin,pool', 'thin': 'thin,sparse',
+                          'cache': 'cache'}.get(lv.kind, 'linear'),
             'lv_active': 'active' if lv.active else '',
             'lv_device_open': 'open' if lv.open else '',
             'lv_permissions': 'read-only' if lv.read_only else 'writeable',
@@ -157,6 +162,8 @@ class World:
             'lv_metadata_size': '4194304' if is_pool else '',
             'origin': lv.origin or '',
             'origin_size': str(lv.origin_size or ''),
+            'lv_check_needed': 'check needed' if lv.needs_check else '',
+            'lv_suspended': 'suspended' if lv.suspended else '',
             'pool_lv': lv.pool if lv.kind == 'thin' else '',
             'data_percent': str(
                 self.data_percent if is_pool else lv.filled or ''),
@@ -248,6 +255,9 @@ class World:
             lv.read_only = False
         if '-ky' in options or '-kn' in options:
             lv.skip = '-ky' in options
+        if '--refresh' in options:
+            lv.suspended = self.hangs = False
+            return
         lv.tags -= set(options.get('--deltag', ()))
         lv.tags |= set(options.get('--addtag', ()))
         self.seqno += 1
@@ -305,6 +315,8 @@ class World:
     # The pool's metadata.
 
     def _dmsetup(self, words):
+        if words[0] == 'info':
+            return ('sim--vg-pool-tpool Suspended\n' if self.hangs else '')
         if words[0] == 'status':
             held = '-' if self.held is None else self.held
             return (f'sim--vg-pool-tpool: 0 100 thin-pool 1 1/9 0/9 {held} rw'
@@ -480,6 +492,24 @@ class Machine:
     def open(self, path, mode='rb'):
         return super().open(self._there(path), mode)
 
+    def about(self, path):
+        """Of a device all that counts is which one it is."""
+        found = self.world.path(path) if path.startswith(MAPPER) else None
+        if path.startswith(MAPPER):
+            return self.act(f'about {os.path.basename(path)}', lambda: (
+                found and About('block', 0, 0, 0.0, found.rpartition('/')[2])
+            ))
+        return super().about(path)
+
+    def read(self, path, bytes_max=1 << 20):
+        found = re.fullmatch('/sys/dev/block/(.+)/dm/uuid', path)
+        if found:
+            return self.act(
+                f'read {found[1]}',
+                lambda: f'LVM-{GROUP_UUID}{found[1]}\n'.encode(),
+            )
+        return super().read(path, bytes_max)
+
     def is_block(self, path):
         return self.act(
             f'is_block {os.path.basename(path)}',
@@ -487,7 +517,7 @@ class Machine:
         )
 
     def _there(self, path):
-        if not path.startswith('/dev/mapper/'):
+        if not path.startswith(MAPPER):
             return path
         return self.world.path(path) or path
 

@@ -29,7 +29,7 @@ class LabSuite(conformance.DriverSuite):
             f'/dev/{pool}/somebody',
             image + bytes(4 * model.MIB - len(image)),
         )
-        self.lvm('lvchange', '-an', f'{pool}/somebody')
+        self.let_go('somebody')
         return 'somebody'
 
 

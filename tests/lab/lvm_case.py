@@ -74,6 +74,14 @@ class LvmCase(LabCase):
             f.pwrite(image, at)
             f.sync()
 
+    def let_go(self, name):
+        """Deactivate a logical volume, after udev has had its look at it."""
+        for _ in range(10):
+            self.guest.run('udevadm', 'settle')
+            if self.guest.succeeds('lvchange', '-an', f'{self.group}/{name}'):
+                return
+        self.fail(f'{name} is in use all the time')
+
     def lvs(self, *options):
         """Return the names of the group's logical volumes, as lvs has them.
         """

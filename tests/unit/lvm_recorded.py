@@ -208,6 +208,9 @@ FAILURES = (
     ('Busy', '  Cannot rename locked LV volume-a\n'),
     ('Busy', '  Can\'t resize locked logical volume vgx/volume-a.\n'),
     ('Busy', '  Snapshots of locked volumes are not supported.\n'),
+    ('Busy', '  Cannot use locked pool volume vgx/pool.\n'),
+    ('Unknown', '  device-mapper: resume ioctl on vgx-a (253:4) failed: '
+     'Invalid argument\n  Failed to suspend logical volume vgx/a.\n'),
     ('Unavailable', '  WARNING: VG vgx is missing PV 7hlTWT-BHal-6xQk-7UHe-'
      'n5oJ-xZdm-R1m9Cr (last written to /dev/vdc).\n'
      '  Refusing activation of partial LV vgx/t1.  Use \'--activationmode '

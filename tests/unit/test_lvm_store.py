@@ -262,7 +262,9 @@ class ThickTest(Case):
             lambda: self.driver.delete(volume),
             lambda: self.driver.upkeep(lvm.GROUP),
         ):
-            with self.assertRaisesRegex(errors.Busy, 'has sim-vg/child'):
+            with self.assertRaisesRegex(
+                errors.Unavailable, 'has sim-vg/child'
+            ):
                 deed()
         self.lvm('lvrename', lvm.GROUP, f'deleted-{volume.id}', name)
         self.assert_seed(volume, 1)

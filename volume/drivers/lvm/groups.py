@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -153,8 +154,16 @@ class Group:
         return found
 
     def about(self, *ids: str, name: str = '') -> Vg:
-        """Return all that has to do with volumes and snapshots by id."""
-        return self.look(_about(ids, name))
+        """Return all that has to do with volumes and snapshots by id.
+
+        What of it was left suspended goes on.
+        """
+        where = _about(ids, name)
+        found = self.look(where)
+        asleep = [lv for lv in found.lvs if lv.is_suspended and lv.role]
+        for lv in asleep:
+            self.wake(lv.name)
+        return self.look(where) if asleep else found
 
     def missing_words(self, vg: Vg) -> str:
         """Say which disks are missing; nothing if none is."""
@@ -199,6 +208,17 @@ class Group:
         """
         self._run(command, '--yes', *self._config(may_discard), *argv)
 
+    def wake(self, name: str) -> None:
+        """Let a device go on that a command, ended in its middle, has left.
+
+        Whoever is at the group just now is waited for.
+        """
+        LOG.warning(
+            '%s/%s is suspended, and goes on: a command of LVM was ended in '
+            'the middle', self.name, name,
+        )
+        self.change('lvchange', '--refresh', f'{self.name}/{name}')
+
     def activate(self, lv: Lv) -> str:
         """Have its device, and return the path.
 
@@ -211,19 +231,39 @@ class Group:
             )
         if not lv.is_active:
             self.change('lvchange', '-ay', '-K', f'{self.name}/{lv.name}')
-        return self.await_device(lv.name)
+        return self.await_device(lv)
 
-    def await_device(self, name: str) -> str:
+    def await_device(self, lv: Lv) -> str:
         """Return the path of what is active, once it is there."""
-        path = names.device(self.name, name)
-        if not self.node.is_block(path):
+        path = names.device(self.name, lv.name)
+        if not self._leads_to(path, lv):
             self.settle()
-            if not self.node.is_block(path):
+            if not self._leads_to(path, lv):
                 raise errors.Unavailable(
-                    f'{self.name}/{name} is active, and udev has not made '
-                    f'{path}: look at udev'
+                    f'{self.name}/{lv.name} is active, and {path} is not '
+                    'its device: look at udev'
                 )
         return path
+
+    def _leads_to(self, path: str, lv: Lv) -> bool:
+        """Say whether a path is this logical volume's device.
+
+        Device numbers are given anew at once: a link that udev has not
+        removed yet may lead to another volume.
+        """
+        found = self.node.about(path)
+        if found is None:
+            return False
+        try:
+            place = f'/sys/dev/block/{found.device}'
+            if found.kind == 'link':
+                name = os.path.basename(self.node.readlink(path))
+                place = f'/sys/class/block/{name}'
+            uuid = self.node.read(f'{place}/dm/uuid')
+        except errors.NotFound:
+            return False
+        wanted = f'LVM-{self._uuid}{lv.uuid}'.replace('-', '')
+        return uuid.decode(errors='replace').strip().replace('-', '') == wanted
 
     def deactivate(self, lv: Lv) -> Lv:
         """Take its device away.

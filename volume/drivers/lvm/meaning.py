@@ -42,12 +42,15 @@ TABLE: tuple[tuple[re.Pattern[str], type[errors.VolumeError]], ...] = (
                 r'only while inactive|[Dd]evice or resource busy|'
                 r'is mounted'), errors.Busy),
     # By a pvmove, until that has ended.
-    (re.compile(r'locked (?:logical volume|LV|volumes)\b'), errors.Busy),
+    (re.compile(r'locked (?:logical volume|LV|volumes|devices|'
+                r'(?:pool|origin) volume)\b'), errors.Busy),
     # It was there when we looked: somebody else is at it.
     (re.compile(r'Failed to find logical volume|not found in [Vv]olume '
                 r'group'), errors.Unavailable),
     (re.compile(r'[Cc]an.t get lock|waiting for lock|File-based locking '
                 r'initiali[sz]ation failed'), errors.Unavailable),
+    # The kernel refused a part of it.
+    (re.compile(r'device-mapper: .* ioctl '), errors.Unknown),
     (re.compile(r'too large|[Uu]pper limit|is unsupported|Invalid argument'),
      errors.Invalid),
     (re.compile(r'device-mapper driver|/dev/mapper/control|'

@@ -9,7 +9,8 @@ volume of another service in the same group) is nobody's that we touch.
 ==================  ================================  =======================
 ``volume-<id>``     ``volume:<id>``                   a volume
 ``snap-<id>``       ``snapshot:<id>``, ``of:<id>``    a snapshot, and whose
-``draft-<id>``      ``volume:<id>``                   not yet a volume
+``draft-<id>``      that of what it will be           not yet a volume, or
+                                                      not yet a snapshot
 ``tail-<id>``       ``volume:<id>``                   by what it will grow
 ``reverted-<id>``   ``volume:<id>``                   what it will be
 ``deleted-<id>``    that of what it was,              to be wiped and removed
@@ -40,8 +41,8 @@ NOTE_BYTES_MAX = 1 << 16
 DISOWNED = 'disowned'
 
 TAGS: Mapping[str, tuple[str, ...]] = {
-    'volume': ('volume',), 'draft': ('volume',), 'tail': ('volume',),
-    'reverted': ('volume',), 'snap': ('snapshot',),
+    'volume': ('volume',), 'draft': ('volume', 'snapshot'),
+    'tail': ('volume',), 'reverted': ('volume',), 'snap': ('snapshot',),
     'deleted': ('volume', 'snapshot'),
 }
 

@@ -160,7 +160,8 @@ class Store(abc.ABC):
         vg = self.group.about(volume.id, name=handle)
         mine, lv = vg.ours('volume', volume.id), vg.named(handle)
         if lv is None or lv is mine:
-            self.need(vg, volume)  # NotFound, unless this is repeated
+            # NotFound, unless this is repeated
+            self._keep_inactive(self.need(vg, volume))
             return wanted
         if lv.role:
             raise errors.Conflict(f'{handle} is ours already')
@@ -170,18 +171,27 @@ class Store(abc.ABC):
             )
         self._check_foreign(vg, lv)
         tag = f'volume:{volume.id}'
-        if tag not in lv.tags or not lv.is_skipped:
+        if tag not in lv.tags:
             self.group.change(
-                'lvchange', '--addtag', tag, '-ky', f'{vg.name}/{handle}'
+                'lvchange', '--addtag', tag, f'{vg.name}/{handle}'
             )
         if handle != wanted:
             self.group.change('lvrename', vg.name, handle, wanted)
+        self._keep_inactive(dataclasses.replace(lv, name=wanted))
         return wanted
+
+    def _keep_inactive(self, lv: Lv) -> None:
+        """Have it stay inactive when the machine starts."""
+        if not lv.is_skipped:
+            self.group.change(
+                'lvchange', '-ky', f'{self.group.name}/{lv.name}'
+            )
 
     def disown(self, volume: model.Volume) -> None:
         foreign = f'{names.DISOWNED}-{volume.id}'
         vg = self.group.about(volume.id, name=foreign)
         lv, gone = vg.ours('volume', volume.id), vg.named(foreign)
+        self._leave_unadopted(vg, volume.id)
         if lv is not None:
             self.refuse_snapshots(vg, volume.id)
             self.group.refuse_open(lv, 'let go of')
@@ -198,6 +208,15 @@ class Store(abc.ABC):
                 'lvchange', '-kn', *each_option('--deltag', old),
                 f'{vg.name}/{foreign}',
             )
+
+    def _leave_unadopted(self, vg: Vg, id: str) -> None:
+        """Take our tag from what was not renamed yet when it was adopted."""
+        tag, foreign = f'volume:{id}', f'{names.DISOWNED}-{id}'
+        for lv in vg.lvs:
+            if tag in lv.tags and not lv.role and lv.name != foreign:
+                self.group.change(
+                    'lvchange', '--deltag', tag, f'{vg.name}/{lv.name}'
+                )
 
     def describe(
         self, volume: model.Volume, sidecar: Mapping[str, str]

@@ -28,6 +28,7 @@ from volume.drivers.lvm.report import Vg
 COW_CHUNKS = 256  # exceptions of a snapshot that one chunk of tables holds
 COW_HEADER_BYTES = 1 << 16
 TRIES = 3
+PLAIN = ('linear', 'striped', 'mirror')
 # Health of a mirror where zeros would not come to one of its sides.
 BEHIND = ('partial', 'refresh needed')
 UPKEEP_S = 10.0  # of wiping at a time: others wait for it
@@ -63,9 +64,13 @@ class Thick(store.Store):
         )
 
     def check_kind(self, lv: Lv) -> None:
-        if 'thin' in lv.layout:
+        if not all(
+            kind in PLAIN or kind.startswith('raid') for kind in lv.layout
+        ):
             raise errors.Invalid(
-                f'{lv.name} is thin, and this backend is thick'
+                f'{lv.name} is {"/".join(sorted(lv.layout))}: a thick '
+                'backend has only what can be wiped where it lies, linear, '
+                'striped or mirrored'
             )
 
     # Volumes.
@@ -94,8 +99,8 @@ class Thick(store.Store):
         vg = self.group.about(volume.id)
         self.refuse_snapshots(vg, volume.id)
         for lv in vg.lvs:
-            if lv.role == 'deleted' and lv.of == volume.id:
-                self._end(lv)
+            if lv.of == volume.id:
+                self._end_left(vg, lv.id)
         if (old := vg.ours('deleted', volume.id)) is not None:
             self._end(old)
         for role in 'draft', 'tail':
@@ -131,8 +136,8 @@ class Thick(store.Store):
         With a limit only a part of it, if it is large; where that ends is
         remembered, and whoever comes next goes on from there.
 
-        :raises Busy: somebody else's depends on it
-        :raises Unavailable: another thread is at it
+        :raises Unavailable: another thread is at it, somebody has it
+            open, or something depends on it
         """
         with self._alone:
             if lv.id in self._ending:
@@ -143,11 +148,15 @@ class Thick(store.Store):
             self._ending.add(lv.id)
         try:
             self._wipe_and_remove(lv, limit_s)
+        except errors.Busy as busy:
+            # Not as it was: nobody may take it for whole.
+            raise errors.Unavailable(str(busy)) from busy
         finally:
             with self._alone:
                 self._ending.discard(lv.id)
 
     def _wipe_and_remove(self, lv: Lv, limit_s: float) -> None:
+        lv = self._again(lv)
         # Before a byte of it is gone.
         self.group.refuse_dependents(lv)
         if lv.health in BEHIND:
@@ -222,7 +231,11 @@ class Thick(store.Store):
             vg, tail, count, ['--addtag', f'volume:{lv.id}']
         )
         if self.settings.wipes_new:
-            wiping.wipe(self.node, path, 0, count * vg.extent_bytes)
+            try:
+                wiping.wipe(self.node, path, 0, count * vg.extent_bytes)
+            except errors.Cancelled:
+                self.group.remove(tail)
+                raise
         self.group.change('lvchange', '-an', f'{vg.name}/{tail}')
         name, before = f'{vg.name}/{lv.name}', lv.size_bytes
         with self.group.allocating:
@@ -253,20 +266,34 @@ class Thick(store.Store):
             return name
         lv = self.need(vg, snapshot.volume)
         self.refuse_taken(vg, name)
-        if (old := vg.ours('deleted', snapshot.id)) is not None:
-            self._end(old)
+        if self._end_left(vg, snapshot.id):
+            vg = self.group.about(snapshot.volume.id, snapshot.id)
         kept = lv.size_bytes * self.settings.snapshot_percent // 100
         kept += kept // COW_CHUNKS + COW_HEADER_BYTES
         count = -(-kept // vg.extent_bytes)
         self._refuse_full(vg, count, f'snapshot {snapshot.id}')
+        # LVM writes down a plain volume of whatever lies there, then that
+        # it is a snapshot, and then has the kernel know: it has its name
+        # once all of that is done.
+        draft = f'draft-{snapshot.id}'
         with self.group.allocating:
             self.group.change(
-                'lvcreate', '-s', '-n', name, '-l', str(count), '-pr', '-ky',
+                'lvcreate', '-s', '-n', draft, '-l', str(count), '-pr', '-ky',
                 '--addtag', f'snapshot:{snapshot.id}',
                 '--addtag', f'of:{snapshot.volume.id}',
                 f'{vg.name}/{lv.name}',
             )
+        self.group.change('lvrename', vg.name, draft, name)
         return name
+
+    def need(self, vg: Vg, thing: store.Thing) -> Lv:
+        lv = super().need(vg, thing)
+        if isinstance(thing, model.Snapshot) and not lv.is_thick_snapshot:
+            raise errors.Corrupt(
+                f'{vg.name}/{lv.name} is no snapshot any more: somebody has '
+                'split it off; delete it'
+            )
+        return lv
 
     def delete_snapshot(self, snapshot: model.Snapshot) -> None:
         vg = self.group.about(snapshot.id)
@@ -275,8 +302,17 @@ class Thick(store.Store):
             self.refuse_strangers(vg, lv)
             self.group.refuse_open(lv, 'delete')
             self._end(self._condemn(lv))
-        elif (gone := vg.ours('deleted', snapshot.id)) is not None:
-            self._end(gone)
+        self._end_left(vg, snapshot.id)
+
+    def _end_left(self, vg: Vg, snapshot_id: str) -> bool:
+        """End what is no snapshot yet, or no more; say if there was any."""
+        left = [
+            lv for role in ('draft', 'deleted')
+            if (lv := vg.ours(role, snapshot_id)) is not None
+        ]
+        for lv in left:
+            self._end(lv if lv.role == 'deleted' else self._condemn(lv))
+        return bool(left)
 
     # In the background.
 
@@ -345,7 +381,13 @@ class Thick(store.Store):
                 'lvcreate', '-n', name, '-l', str(count), *tags, '-ky', '-K',
                 '-Wn', '-Zn', vg.name,
             )
-        return self.group.await_device(name)
+        made = self.group.look(f'lv_name="{name}"').named(name)
+        if made is None:
+            raise errors.Unavailable(
+                f'{vg.name}/{name} went away as it was made: somebody else '
+                'is at it'
+            )
+        return self.group.await_device(made)
 
     def _refuse_full(self, vg: Vg, count: int, what: str) -> None:
         self.refuse_trouble(vg)

@@ -14,6 +14,7 @@ from volume import errors
 from volume import model
 from volume.drivers.lvm import deltas
 from volume.drivers.lvm import forming
+from volume.drivers.lvm import names
 from volume.drivers.lvm import store
 from volume.drivers.lvm.groups import Group
 from volume.drivers.lvm.report import Lv
@@ -52,6 +53,7 @@ class Thin(store.Store):
                 'lvchange', '-ay', '-K', f'{vg.name}/{lv.name}')
             vg = self.group.look(self._pool_too())
             lv = self._pool(vg)
+        self._wake(vg, lv)
         if may_format and self._is_starved(vg, lv):
             # Here, for there is no upkeep of what is down.
             self._extend_pool(vg, lv)
@@ -107,11 +109,13 @@ class Thin(store.Store):
     def delete(self, volume: model.Volume) -> None:
         vg = self.group.about(volume.id)
         self.refuse_snapshots(vg, volume.id)
+        for lv in vg.lvs:
+            if lv.role == 'draft' and lv.of == volume.id:
+                self._remove(lv)
         for role in 'draft', 'reverted', 'deleted', 'volume':
-            lv = vg.ours(role, volume.id)
-            if lv is not None:
-                self.group.refuse_open(lv, 'delete')
-                self.group.remove(lv.name)
+            left = vg.ours(role, volume.id)
+            if left is not None:
+                self._remove(left)
 
     def resize(self, volume: model.Volume, size_bytes: int) -> None:
         vg = self.group.about(volume.id)
@@ -134,17 +138,19 @@ class Thin(store.Store):
             lv = self.need(vg, snapshot.volume)
             self.refuse_taken(vg, name)
             self._refuse_full(vg)
-            self._branch(vg, lv, name, [
+            draft = self._draft(vg, lv, snapshot.id, [
                 '-pr', '--addtag', f'snapshot:{snapshot.id}',
                 '--addtag', f'of:{snapshot.volume.id}',
             ])
+            self.group.change('lvrename', vg.name, draft, name)
         return name
 
     def delete_snapshot(self, snapshot: model.Snapshot) -> None:
-        lv = self.group.about(snapshot.id).ours('snap', snapshot.id)
-        if lv is not None:
-            self.group.refuse_open(lv, 'delete')
-            self.group.remove(lv.name)
+        vg = self.group.about(snapshot.id)
+        for role in 'draft', 'snap':
+            lv = vg.ours(role, snapshot.id)
+            if lv is not None:
+                self._remove(lv)
 
     def clone(self, source: store.Thing, volume: model.Volume) -> str:
         vg = self._about(source.id, volume.id)
@@ -158,16 +164,10 @@ class Thin(store.Store):
                 f'than its source with {origin.size_bytes}'
             )
         self._refuse_full(vg)
-        # The source may have changed since a draft was made of it.
-        if (left := vg.ours('draft', volume.id)) is not None:
-            self.group.remove(left.name)
         name, tags = f'volume-{volume.id}', store.new_tags(volume)
-        if size_bytes == origin.size_bytes:
-            self._branch(vg, origin, name, ['-prw', *tags])
-            return name
-        draft = f'draft-{volume.id}'
-        self._branch(vg, origin, draft, ['-prw', *tags])
-        self._extend(vg, draft, size_bytes // vg.extent_bytes)
+        draft = self._draft(vg, origin, volume.id, ['-prw', *tags])
+        if size_bytes > origin.size_bytes:
+            self._extend(vg, draft, size_bytes // vg.extent_bytes)
         self.group.change('lvrename', vg.name, draft, name)
         return name
 
@@ -241,10 +241,21 @@ class Thin(store.Store):
         if lv.role != 'deleted' or lv.is_open:
             return False
         # Beside one that is coming, it is part of a revert.
-        around = self.group.about(lv.id)
-        return around.ours('volume', lv.id) is None and (
-            around.ours('reverted', lv.id) is None
+        return self.group.about(lv.id).ours('reverted', lv.id) is None
+
+    def _wake(self, vg: Vg, lv: Lv) -> None:
+        """Let the pool go on if a command has left it suspended.
+
+        All its volumes hang then; of its own layer LVM reports nothing.
+        """
+        device = names.device(vg.name, lv.name).removeprefix('/dev/mapper/')
+        text = self.node.run(
+            'dmsetup', 'info', '--columns', '--noheadings', '--separator',
+            ' ', '-o', 'name,suspended', '-S',
+            f'name={device}-tpool && suspended=Suspended',
         )
+        if text.startswith(f'{device}-tpool '):
+            self.group.wake(lv.name)
 
     def _is_starved(self, vg: Vg, lv: Lv) -> bool:
         """Say whether more metadata is all that it needs."""
@@ -254,6 +265,8 @@ class Thin(store.Store):
         )
 
     def _extend_pool(self, vg: Vg, lv: Lv) -> bool:
+        if lv.needs_check or lv.health == 'failed':
+            return False  # the kernel would take nothing of it
         high, by = self.settings.extend_percent, (
             self.settings.extend_by_percent)
         name, free = f'{vg.name}/{lv.name}', vg.free_bytes // vg.extent_bytes
@@ -298,12 +311,18 @@ class Thin(store.Store):
 
     def _pool(self, vg: Vg) -> Lv:
         lv = vg.named(self.settings.thin_pool)
-        if lv is None or not lv.is_thin_pool:
-            what = 'none' if lv is None else 'no thin pool'
+        if lv is None:
             raise errors.Unavailable(
-                f'volume group {vg.name} has {what} by the name '
+                f'volume group {vg.name} has no thin pool '
                 f'{self.settings.thin_pool}: make it (lvcreate -T '
                 '--errorwhenfull y), or set create'
+            )
+        if not lv.is_thin_pool:
+            raise errors.Unavailable(
+                f'{vg.name}/{lv.name} is no thin pool, but '
+                f'{"/".join(sorted(lv.layout))}: remove it if a command '
+                'that was ended has left it, or set thin_pool to another '
+                'name'
             )
         return lv
 
@@ -311,6 +330,30 @@ class Thin(store.Store):
         return vg.extent_bytes * self.extents(
             vg, volume.size_bytes, f'volume {volume.id}'
         )
+
+    def _draft(
+        self, vg: Vg, lv: Lv, id: str, options: list[str]
+    ) -> str:
+        """Make a snapshot of it under the name of a draft; return that.
+
+        LVM writes down a snapshot before the kernel has made it. One that
+        a command has left then has a later moment, or none: it is made
+        anew, and has its own name only once the command has ended well.
+        """
+        if (left := vg.ours('draft', id)) is not None:
+            self._remove(left)
+        self._branch(vg, lv, f'draft-{id}', options)
+        return f'draft-{id}'
+
+    def _remove(self, lv: Lv) -> None:
+        """Remove what nobody has open, if its pool can do it.
+
+        :raises Unavailable: the pool is not well
+        """
+        self.group.refuse_open(lv, 'delete')
+        vg = self.group.look(self._pool_too())
+        self._refuse_unsafe(vg, self._pool(vg))
+        self.group.remove(lv.name)
 
     def _branch(self, vg: Vg, lv: Lv, name: str, options: list[str]) -> None:
         self.group.change(
