@@ -270,12 +270,14 @@ class Node:
         """
         return self._by_name(qemulocks.probe, path)
 
-    def users(self, path: str) -> Sequence[str]:
+    def users(self, path: str, known: Sequence[int] = ()) -> Sequence[str]:
         """Say who uses a file or block device, each in a few words.
 
         Ask as root: of the processes of others nobody else sees anything.
+        Of a file whose server may be dead say what is ``known``, its device
+        and its inode: then the server is not asked.
         """
-        return self._by_name(users.users, path)
+        return self._by_name(users.users, path, [*known])
 
     def _by_name(
         self,

@@ -45,6 +45,7 @@ from volume.db import models
 from volume.db import schema
 from volume.db.engine import Clock
 from volume.db.engine import Database
+from volume.exports.base import Exporter
 from volume.hints import Hints
 from volume.lockdomain import LockDomain
 from volume.manager import VolumeManager
@@ -98,6 +99,8 @@ class Service:
         )
         self._notifier = notifier(conf)
         self.runner = self._make_runner(state)
+        self._exporters: dict[tuple[str, type[Exporter]], Exporter] = {}
+        self._note_exporters()
         self.hints = Hints(
             conf, self.db, self.runner,
             silent_s=self.runner.settings.service_down_s,
@@ -171,11 +174,24 @@ class Service:
             return
         table = backends.load(conf, self.node)
         self.runner.backends = table
+        self._note_exporters()
         self.conf = conf
         self._refresh()
         LOG.info('backends now: %s', ', '.join(table) or 'none')
 
     # Ours alone.
+
+    def _note_exporters(self) -> None:
+        """Keep in mind what may serve hosts on this machine.
+
+        Also for a section that a reload has taken away: its exports stay,
+        and end with the others when the service is fenced.
+        """
+        self._exporters = self._exporters | {
+            (each.name, type(each.exporter)): each.exporter
+            for each in self.runner.backends.values()
+            if each.exporter and not (each.node and each.node.is_remote)
+        }
 
     def _make_key(self) -> None:
         """Have a key for secrets, unless one has sealed some already.
@@ -347,11 +363,10 @@ class Service:
             'another node\'s now; started again, it begins anew',
             self.conf.host, why,
         )
-        takeover.end_all(self.node, [
-            each.exporter for each in self.runner.backends.values()
-            if each.exporter and not (each.node and each.node.is_remote)
-        ])
-        os._exit(GIVEN_UP)
+        try:
+            takeover.end_all(self.node, self._exporters.values())
+        finally:
+            os._exit(GIVEN_UP)
 
     def _forget_service(self) -> None:
         def forget(session: Session) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sqlalchemy import exists
 from sqlalchemy import select
@@ -112,19 +112,29 @@ def end_all(node: Node, exporters: Iterable[Exporter]) -> None:
 
     The exporters are those of this machine.
     """
+    _end_children()
+    if node.blockd is not None:
+        _try('the storage daemon', node.blockd.stop)
+    for exporter in exporters:
+        _try('what is exported', exporter.abandon)
+    # This process worked on until now, and may have started others.
+    _end_children()
+
+
+def _try(what: str, effect: Callable[[], None]) -> None:
+    """Have an end be tried; the others are, whatever becomes of it."""
+    try:
+        effect()
+    except errors.VolumeError as failed:
+        LOG.error('%s: %s', what, failed)
+    except Exception:
+        LOG.exception('%s has not ended, by a bug', what)
+
+
+def _end_children() -> None:
     for pid in _children():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-    if node.blockd is not None:
-        try:
-            node.blockd.stop()
-        except errors.VolumeError as failed:
-            LOG.error('the storage daemon: %s', failed)
-    for exporter in exporters:
-        try:
-            exporter.abandon()
-        except errors.VolumeError as failed:
-            LOG.error('what is exported: %s', failed)
 
 
 def _children() -> list[int]:

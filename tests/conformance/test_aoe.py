@@ -10,10 +10,31 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume.exports.aoe import AoeExporter
+from volume.node import CommandFailed
+from volume.node import Node
 from volume.testing import exports
 from volume.testing import fixtures
 
 MAC, OTHER_MAC = '02:00:00:00:00:01', '02:00:00:00:00:02'
+
+
+class Hanging(Node):
+    """A node that has vblades which no signal ends."""
+
+    def __init__(self, state_dir, paths):
+        super().__init__(state_dir)
+        self.lines = [f'1 vblade -s 9 9 eth9 {path}' for path in paths]
+
+    def run(self, *argv, **options):
+        try:
+            said = super().run(*argv, **options)
+        except CommandFailed as failed:
+            if argv[0] != 'pgrep' or failed.code != 1:
+                raise
+            said = ''
+        if argv[0] == 'pgrep':
+            return '\n'.join([*self.lines, said])
+        return said
 
 
 class AoeTest(exports.ExporterSuite, unittest.TestCase):
@@ -121,7 +142,7 @@ class AoeTest(exports.ExporterSuite, unittest.TestCase):
     def test_address_is_kept_when_a_process_dies(self):
         attachment_id = self.attachment()
         connection = self.export(attachment_id)
-        self.exporter._end(self.exporter._link(attachment_id))
+        self.exporter._end(attachment_id)
         self.assertNotIn(attachment_id, self.exporter.exported())
         self.assertEqual(connection, self.export(attachment_id))
         self.assertEqual(self.image, self.read(connection))
@@ -138,6 +159,19 @@ class AoeTest(exports.ExporterSuite, unittest.TestCase):
         connection = self.export(self.attachment())
         self.assertEqual(self.image, self.read(connection))
         self.exporter.abandon()
+        self.assertEqual(set(), self.exporter.exported())
+        self.assert_closed(connection)
+
+    def test_those_that_hang_keep_no_other_serving_and_all_are_named(self):
+        connection = self.export(self.attachment())
+        hung = [ids.new(), ids.new()]
+        exporter = AoeExporter(self.settings(), Hanging(
+            self.node.state_dir, map(self.exporter._link, hung)
+        ))
+        exporter.end_s = 0.2
+        with self.assertRaises(errors.Unavailable) as caught:
+            exporter.abandon()
+        self.assertIn(', '.join(sorted(hung)), str(caught.exception))
         self.assertEqual(set(), self.exporter.exported())
         self.assert_closed(connection)
 

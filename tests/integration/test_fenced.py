@@ -2,6 +2,11 @@
 """A service that finds itself fenced ends its own daemons, and no other's."""
 
 import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 import unittest
 
 from tests import aoe
@@ -59,6 +64,15 @@ class Fenced(unittest.TestCase):
             service.GIVEN_UP, made.process.wait(END_S), made.tail()
         )
 
+    def reload(self, made, sections):
+        """Give it another configuration, and see it taken."""
+        made.configure(sections, extra='lease_s = 3\n', backends='c')
+        made.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + END_S
+        while 'backends now: c' not in made.tail():
+            self.assertLess(time.monotonic(), deadline, made.tail())
+            time.sleep(0.02)
+
     def bystander(self, exporter):
         """Export a file by somebody else's exporter, ended with the test."""
         path = os.path.join(exporter.node.state_dir, 'image')
@@ -108,6 +122,67 @@ class Fenced(unittest.TestCase):
         self.fence(made)
         self.assertEqual(set(), ours.exported())
         self.assertEqual({theirs}, other.exported())
+
+    def test_exports_of_a_section_that_was_taken_away_end_as_well(self):
+        aoe.need(self)
+        made, mine = self.start(
+            f'exporter = aoe\naoe_interface = {aoe.make_pair(self)[0]}\n'
+            'aoe_trusted_network = true\n'
+        )
+        self.reload(made, '[c]\ndriver = file\ndirectories = {root}/pool\n'
+                    'exporter = local\n')
+        ours = AoeExporter(None, self.node)
+        self.assertEqual({mine}, ours.exported())
+        self.fence(made)
+        self.assertEqual(set(), ours.exported())
+
+
+GIVE_UP = """
+import subprocess, sys
+from volume import conf, service
+
+class Ends:
+    def __init__(self, effect):
+        self.abandon = effect
+
+def broken():
+    raise {bug}
+
+def late():
+    # As a thread that still works may; it keeps stdout open.
+    subprocess.Popen(['sleep', '90'])
+    print('late', flush=True)
+
+made = service.Service(conf.load([], [sys.argv[1]]))
+made._exporters = dict(enumerate(map(Ends, (broken, late))))
+made._give_up('a test')
+"""
+
+
+class Ending(unittest.TestCase):
+    """A service that gives up, in a process of its own."""
+
+    def give_up(self, bug):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        path = os.path.join(directory.name, 'volume.conf')
+        with open(path, 'w') as f:
+            f.write(f'[DEFAULT]\nstate_path = {directory.name}/s\n')
+        # Returns when the last that has its stdout has ended.
+        return subprocess.run(
+            [sys.executable, '-c', GIVE_UP.format(bug=bug), path],
+            capture_output=True, text=True, timeout=END_S,
+        )
+
+    def test_a_bug_in_one_exporter_keeps_nothing_else_from_ending(self):
+        done = self.give_up('ValueError("a bug")')
+        self.assertEqual(service.GIVEN_UP, done.returncode, done.stderr)
+        self.assertIn('ValueError: a bug', done.stderr)
+        self.assertEqual('late\n', done.stdout)
+
+    def test_whatever_comes_it_exits(self):
+        done = self.give_up('KeyboardInterrupt')
+        self.assertEqual(service.GIVEN_UP, done.returncode, done.stderr)
 
 
 def processes(word):

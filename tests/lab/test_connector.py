@@ -64,11 +64,11 @@ class GuestNode(exports_case.FaultyGuestNode):
     locks = ''
     late = None  # what happens just before users are looked for, once
 
-    def users(self, path):
+    def users(self, path, known=()):
         if self.late:
             late, self.late = self.late, None
             late()
-        return super().users(path)
+        return super().users(path, known)
 
     def configure(self, wanted):
         if all(op.verb in LOOKS for op in wanted):

@@ -69,7 +69,7 @@ class HostNode(Node):
     def open(self, path, mode='rb'):
         return super().open(self.here(path), mode)
 
-    def users(self, path):
+    def users(self, path, known=()):
         if self.before_users:
             happens, self.before_users = self.before_users, None
             happens()

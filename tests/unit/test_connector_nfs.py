@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import unittest
+from collections.abc import Sequence
 
 from tests import hung
 from volume import errors
@@ -17,13 +19,25 @@ from volume.connector import nfs
 from volume.node import Node
 from volume.testing import fixtures
 
+WAIT_S = 20
 NAME = 'volume-11111111-1111-4111-8111-111111111111'
+
+
+class ChangingNode(Node):
+    """A host where something happens before users are looked for."""
+
+    def before_users(self) -> None:
+        """Nothing, as a rule."""
+
+    def users(self, path: str, known: Sequence[int] = ()) -> Sequence[str]:
+        self.before_users()
+        return super().users(path, known)
 
 
 class DeadServerTest(unittest.TestCase):
 
     def setUp(self) -> None:
-        self.node = Node(fixtures.state_dir(self))
+        self.node = ChangingNode(fixtures.state_dir(self))
         self.connector = nfs.NfsConnector(self.node)
         self.connector.flush_s = 0.5
         self.connection = model.Connection('nfs', {
@@ -46,6 +60,44 @@ class DeadServerTest(unittest.TestCase):
         ):
             self.connector.detach(self.connection)
         self.assertTrue(self.connector.present(self.connection))
+
+    def test_server_that_falls_silent_in_the_midst_is_told_of_as_well(
+        self,
+    ) -> None:
+        told: list[errors.VolumeError] = []
+
+        def detach() -> None:
+            try:
+                self.connector.detach(self.connection)
+            except errors.VolumeError as failed:
+                told.append(failed)
+
+        self.node.before_users = self.server.stick
+        # Who waits for it in this process could not be ended.
+        detaching = threading.Thread(target=detach, daemon=True)
+        detaching.start()
+        detaching.join(WAIT_S)
+        is_stuck = detaching.is_alive()
+        self.assertTrue(self.connector.present(self.connection))
+        self.server.end()
+        detaching.join(WAIT_S)
+        self.assertFalse(is_stuck, 'it waits for a server that is dead')
+        self.assertRegex(str(*told), 'cannot be stored .* does not answer')
+
+    def test_user_of_the_file_is_named_and_nothing_is_let_go(self) -> None:
+        with open(self.server.path):
+            with self.assertRaisesRegex(errors.Busy, f'pid {os.getpid()}'):
+                self.connector.detach(self.connection)
+        self.assertTrue(self.connector.present(self.connection))
+
+    def test_mount_is_known_again_below_a_directory_that_is_a_link(
+        self,
+    ) -> None:
+        link = f'{self.node.state_dir}.link'
+        os.symlink(self.node.state_dir, link)
+        self.addCleanup(os.unlink, link)
+        connector = nfs.NfsConnector(Node(link))
+        self.assertTrue(connector.present(self.connection))
 
     def test_server_that_lets_us_in_no_more_has_ended_it(self) -> None:
         used = os.open(self.server.path, os.O_RDONLY)

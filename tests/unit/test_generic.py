@@ -222,6 +222,15 @@ class FileTest(unittest.TestCase):
             with generic.file_writer(self.node, f'{self.path}.none', 1):
                 pass
 
+    def test_absent_device_says_nothing_of_its_volume(self) -> None:
+        path = f'{self.path}.none'
+        for opened in (
+            generic.file_reader(self.node, path, is_mapped=True),
+            generic.file_writer(self.node, path, 1, is_mapped=True),
+        ):
+            with self.assertRaisesRegex(errors.Unavailable, path), opened:
+                pass
+
 
 if __name__ == '__main__':
     unittest.main()

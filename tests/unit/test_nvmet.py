@@ -10,6 +10,7 @@ from volume import model
 from volume.exports import nvmet_ports
 from volume.exports.base import Export
 from volume.exports.nvmet import NvmetExporter
+from volume.exports.nvmet_subsystem import HOSTS
 from volume.machine import ops
 from volume.node import Node
 from volume.testing import fixtures
@@ -120,6 +121,9 @@ class TwoServices(unittest.TestCase):
         ))
         return made
 
+    def entries(self):
+        return os.listdir(os.path.join(self.node.top, 'hosts'))
+
     def admitted(self):
         return [
             os.path.basename(where.removesuffix('/allowed_hosts'))
@@ -130,12 +134,11 @@ class TwoServices(unittest.TestCase):
     def test_a_hosts_entry_goes_when_neither_has_anything_for_it(self):
         mine, theirs = self.export(self.one), self.export(self.other)
         self.assertEqual(2, len(self.admitted()))
-        entries = os.path.join(self.node.top, 'hosts')
         self.one.unexport(mine)
-        self.assertEqual([HOST.nqn], os.listdir(entries))
+        self.assertEqual([HOST.nqn], self.entries())
         self.assertEqual({theirs}, self.other.exported())
         self.other.unexport(theirs)
-        self.assertEqual([], os.listdir(entries))
+        self.assertEqual([], self.entries())
         self.assertEqual([], self.admitted())
 
     def test_an_entry_that_the_other_removes_in_the_midst_is_made_again(
@@ -150,6 +153,22 @@ class TwoServices(unittest.TestCase):
         self.assertEqual({mine}, self.one.exported())
         self.assertEqual(set(), self.other.exported())
         self.assertEqual(1, len(self.admitted()))
+
+    def test_a_hosts_entry_that_could_not_be_admitted_does_not_stay(self):
+        def refuse():
+            raise errors.Unavailable('not now')
+
+        self.node.before['link', 'allowed_hosts'] = refuse
+        with self.assertRaisesRegex(errors.Unavailable, 'not now'):
+            self.export(self.one)
+        self.assertEqual([], self.entries())
+
+    def test_a_hosts_entry_that_a_death_has_left_goes_with_the_next(self):
+        self.node.configure([ops.Op.mkdir(f'{HOSTS}/{HOST.nqn}')])
+        mine = self.export(self.one)
+        self.assertEqual([HOST.nqn], self.entries())
+        self.one.unexport(mine)
+        self.assertEqual([], self.entries())
 
     def test_a_volume_that_is_not_there_is_not_exported(self):
         with self.assertRaisesRegex(errors.NotFound, 'no device'):

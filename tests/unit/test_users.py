@@ -17,7 +17,8 @@ from tests import hung
 from volume.machine import users
 
 LOOK = 'import sys; from volume.machine import users; ' \
-       'print(*users.users(sys.argv[1]), sep="\\n")'
+       'print(*users.users(sys.argv[1], [*map(int, sys.argv[2:])]), ' \
+       'sep="\\n")'
 HOLD = 'import sys; f = open(sys.argv[1], "rb"); print("open", flush=True); ' \
        'sys.stdin.read()'
 WAIT_S = 30
@@ -39,10 +40,10 @@ class UsersTest(unittest.TestCase):
             finally:
                 child.communicate(timeout=WAIT_S)
 
-    def look(self, path: str, disk: hung.Hung) -> str:
+    def look(self, path: str, disk: hung.Hung, *known: str) -> str:
         """Ask in a process of its own: a wrong one could not be ended."""
         asking = subprocess.Popen(
-            [sys.executable, '-c', LOOK, path], stdout=subprocess.PIPE,
+            [sys.executable, '-c', LOOK, path, *known], stdout=subprocess.PIPE,
         )
         try:
             return asking.communicate(timeout=WAIT_S)[0].decode()
@@ -80,6 +81,40 @@ class UsersTest(unittest.TestCase):
         disk = hung.Hung(self)
         with self.held(disk.path) as user:
             self.assertIn(user, ' '.join(users.users(disk.path)))
+
+    def test_user_of_a_file_is_named_by_what_is_known_while_nobody_answers(
+        self
+    ) -> None:
+        disk = hung.Hung(self)
+        found = os.stat(disk.path)
+        known = [str(found.st_dev), str(found.st_ino)]
+        with self.held(disk.path) as user, self.held(__file__) as other:
+            for is_taken_away in False, True:
+                with self.subTest(is_taken_away=is_taken_away):
+                    if is_taken_away:
+                        self.unmount(os.path.dirname(disk.path))
+                    else:
+                        disk.stick()
+                    said = self.look(disk.path, disk, *known)
+                    self.assertIn(user, said)
+                    self.assertNotIn(other, said)
+            disk.end()
+        self.assertEqual('\n', self.look(disk.path, disk, *known))
+
+    def test_partition_that_vanishes_while_it_is_looked_at_is_passed_over(
+        self
+    ) -> None:
+        with tempfile.TemporaryDirectory() as block:
+            for name, number in ('sda1', '8:1'), ('sda2', ''):
+                os.makedirs(f'{block}/8:0/{name}')
+                for key, text in ('partition', '1'), ('dev', number):
+                    with open(f'{block}/8:0/{name}/{key}', 'w') as f:
+                        f.write(text)
+            os.unlink(f'{block}/8:0/sda2/dev')
+            self.assertEqual(
+                {os.makedev(8, 0), os.makedev(8, 1)},
+                users._with_partitions(os.makedev(8, 0), block),
+            )
 
     def test_device_is_in_use_by_whatever_mount_it_was_opened(self) -> None:
         path = self.device()

@@ -84,13 +84,15 @@ def check_size(node: Node, name: str, volume_id: str, at_least: int) -> None:
         )
 
 
-def need_free(node: Node, path: str, volume_id: str) -> None:
-    """See that nobody uses a device or file.
+def need_free(
+    node: Node, path: str, volume_id: str, known: Sequence[int] = ()
+) -> None:
+    """See that nobody uses a device, or a file of which something is known.
 
     :raises Busy: somebody does; the message says who
     """
     late = time.monotonic() + FREE_S
-    while users := node.users(path):
+    while users := node.users(path, known):
         if time.monotonic() > late:
             raise _used(path, volume_id, users)
         time.sleep(POLL_S)

@@ -120,10 +120,13 @@ class NfsConnector(base.Connector):
         :raises Denied: the access has ended
         """
         try:
-            # First, as to look for users waits for the server without a
-            # limit; and again, for what they have written until they ended.
-            self._ask(asked, self.flush_s, 'sync', asked.path)
-            disks.need_free(self.node, asked.path, asked.name)
+            # Asked once, with a limit: who uses it is known by that here.
+            said = self._ask(
+                asked, self.flush_s, 'stat', '-c', '%d %i', asked.path
+            )
+            disks.need_free(
+                self.node, asked.path, asked.name, [*map(int, said.split())]
+            )
             self._ask(asked, self.flush_s, 'sync', asked.path)
         except errors.NotFound:
             return
@@ -235,7 +238,8 @@ class Asked:
         self.key = hashlib.sha256(
             f'{self.export} {self.options}'.encode()
         ).hexdigest()[:32]
-        base_dir = os.path.join(node.state_dir, 'mounts')
+        # Without links, as the kernel tells of mounts and open files.
+        base_dir = os.path.join(os.path.realpath(node.state_dir), 'mounts')
         self.directory = os.path.join(base_dir, self.key)
         self.uses = os.path.join(base_dir, f'{self.key}.uses')
         self.use = os.path.join(self.uses, self.name)

@@ -162,7 +162,7 @@ def disconnect(node: Node, controller: Controller) -> None:
 
 
 def rescan(node: Node, found: Sequence[Controller]) -> None:
-    """Have the kernel ask for the size of namespaces."""
+    """Have the kernel ask for the size of namespaces, a little later."""
     node.configure([
         Op.put(f'{CONTROLLERS}/{each.name}/rescan_controller', '1')
         for each in found

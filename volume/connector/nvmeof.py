@@ -35,6 +35,7 @@ LOG = logging.getLogger(__name__)
 
 PROTOCOL = 'nvmeof'
 DISK_S = 30.0
+GROW_S = 3.0
 POLL_S = 0.1
 _NQN = re.compile(r'nqn\.\d{4}-\d\d\.[!-~]{1,210}')
 _ADDRESS = re.compile(r'[0-9a-fA-F:.]{2,45}')
@@ -50,6 +51,7 @@ class NvmeConnector(base.Connector):
 
     def __init__(self, node: Node, who: Identity | None = None) -> None:
         self.node = node
+        self.grow_s = GROW_S
         self._who = who
 
     def host(self) -> model.Host:
@@ -94,8 +96,9 @@ class NvmeConnector(base.Connector):
                 raise errors.NotFound(
                     f'volume {asked.volume_id} is not attached here'
                 )
+            before_bytes = disks.size_bytes(self.node, names[0])
             nvme_host.rescan(self.node, found)
-            return disks.size_bytes(self.node, names[0])
+            return self._await_growth(names[0], before_bytes)
 
     def strays(self) -> Iterator[base.Stray]:
         """Yield subsystems of ours that no connection leads to any more."""
@@ -179,6 +182,19 @@ class NvmeConnector(base.Connector):
                     '("duplicate IDs" in its log)'
                 )
             time.sleep(POLL_S)
+
+    def _await_growth(self, name: str, before_bytes: int) -> int:
+        """Return the size, when it has become another or time is over.
+
+        The kernel asks the controllers later, and tells nobody when it has.
+        It may have asked before, when the target said that there was news.
+        """
+        late = time.monotonic() + self.grow_s
+        while (
+            size_bytes := disks.size_bytes(self.node, name)
+        ) == before_bytes and time.monotonic() < late:
+            time.sleep(POLL_S)
+        return size_bytes
 
     def _back_out(self, asked: Asked) -> None:
         try:

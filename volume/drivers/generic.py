@@ -30,13 +30,30 @@ T = TypeVar('T')
 ZERO_BYTES_MAX = 32 * model.MIB
 
 
-@contextlib.contextmanager
-def file_reader(node: Node, path: str) -> Iterator[Reader]:
-    """Open a raw file or block device for reading.
+def open_device(node: Node, path: str, mode: str) -> File:
+    """Open a block device that was mapped for this.
 
-    :raises NotFound: there is none
+    :raises Unavailable: its name is not there, which says nothing of the
+        volume: only what knows the storage's volumes can say that one is gone
     """
-    with node.open(path, 'rb') as file:
+    try:
+        return node.open(path, mode)
+    except errors.NotFound as missing:
+        raise errors.Unavailable(
+            f'the device {path} is not there any more, or not yet'
+        ) from missing
+
+
+@contextlib.contextmanager
+def file_reader(
+    node: Node, path: str, is_mapped: bool = False
+) -> Iterator[Reader]:
+    """Open a raw file, or a block device that was mapped, for reading.
+
+    :raises NotFound: there is no such file
+    :raises Unavailable: there is no such device now
+    """
+    with _opened(node, path, 'rb', is_mapped) as file:
         reader = _FileReader(file, path)
         try:
             yield reader
@@ -46,17 +63,18 @@ def file_reader(node: Node, path: str) -> Iterator[Reader]:
 
 @contextlib.contextmanager
 def file_writer(
-    node: Node, path: str, size_bytes: int
+    node: Node, path: str, size_bytes: int, is_mapped: bool = False
 ) -> Iterator[Writer]:
-    """Open an existing raw file or block device to be filled.
+    """Open a raw file, or a block device that was mapped, to be filled.
 
     It has ``size_bytes`` already (or more, for a device): a writer never
     makes a volume longer.
 
-    :raises NotFound: there is none
+    :raises NotFound: there is no such file
+    :raises Unavailable: there is no such device now
     :raises Invalid: it is shorter than ``size_bytes``
     """
-    with node.open(path, 'rb+') as file:
+    with _opened(node, path, 'rb+', is_mapped) as file:
         there_bytes = file.size_bytes
         if there_bytes < size_bytes:
             raise errors.Invalid(
@@ -131,6 +149,12 @@ def check_run(what: str, offset: int, length: int, size_bytes: int) -> None:
             f'cannot write {length} bytes at {offset} of {what}: it ends at '
             f'{size_bytes}'
         )
+
+
+def _opened(node: Node, path: str, mode: str, is_mapped: bool) -> File:
+    if is_mapped:
+        return open_device(node, path, mode)
+    return node.open(path, mode)
 
 
 def _pieces(length_bytes: int) -> Iterator[tuple[int, int]]:

@@ -103,6 +103,7 @@ class AoeExporter(Exporter):
     def __init__(self, conf: Any, node: Node) -> None:
         self.conf = conf
         self.node = node
+        self.end_s = END_S
         self._was_warned = False
 
     def check(self) -> None:
@@ -160,8 +161,7 @@ class AoeExporter(Exporter):
     def unexport(self, attachment_id: str) -> None:
         attachment = ids.check(attachment_id, 'attachment')
         link = self._link(attachment)
-        if link in self._running():
-            self._end(link)
+        self._end(attachment)
         for address, owner in self._claims(attachment):
             if owner == attachment:
                 self.node.unlink(self._claim_path(address))
@@ -169,8 +169,7 @@ class AoeExporter(Exporter):
             self.node.unlink(path)
 
     def abandon(self) -> None:
-        for attachment in self.exported():
-            self._end(self._link(attachment))
+        self._end()
 
     def exported(self) -> set[str]:
         found = set()
@@ -344,7 +343,7 @@ class AoeExporter(Exporter):
                     f'{said}'
                 )
             if time.monotonic() > deadline:
-                self._end(self._link(attachment))
+                self._end(attachment)
                 raise errors.Unavailable(
                     f'{PROGRAM} was not ready within {START_S:g} s: '
                     f'{said or "it said nothing"}'
@@ -359,30 +358,39 @@ class AoeExporter(Exporter):
         except errors.NotFound:
             return ''
 
-    def _end(self, link: str) -> None:
-        """End the process and prove that it is gone.
+    def _end(self, attachment: str = '') -> None:
+        """End the process of an attachment, or all; prove that they are gone.
 
-        :raises Unavailable: it hangs in the storage
+        :raises Unavailable: some hang in the storage; the others are gone
         """
-        deadline, pause_s = time.monotonic() + END_S, 0.005
-        while link in self._running():
+        deadline, pause_s = time.monotonic() + self.end_s, 0.005
+        while left := self.exported():
+            if attachment:
+                if attachment not in left:
+                    return
+                left = {attachment}
             if time.monotonic() > deadline:
                 raise errors.Unavailable(
-                    f'the {PROGRAM} of {link} does not end: it hangs in the '
-                    'storage'
+                    f'{PROGRAM} does not end for {", ".join(sorted(left))}: '
+                    'it hangs in the storage'
                 )
-            # By its whole command line, which names the attachment: no other
-            # process has it, whatever numbers come and go.
-            try:
-                self.node.run(
-                    'pkill', '-KILL', '--full', '--exact',
-                    f'{PROGRAM} .* {re.escape(link)}',
-                )
-            except CommandFailed as failed:
-                if failed.code != 1:
-                    raise
+            self._kill(attachment)
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.5)
+
+    def _kill(self, attachment: str) -> None:
+        # By its whole command line, which names the attachment: no other
+        # process has it, whatever numbers come and go. All are killed by one
+        # command, so that none goes on serving until another has ended.
+        name = re.escape(attachment) if attachment else '[0-9a-f-]{36}'
+        try:
+            self.node.run(
+                'pkill', '-KILL', '--full', '--exact',
+                f'{PROGRAM} .* {re.escape(self._directory)}/{name}',
+            )
+        except CommandFailed as failed:
+            if failed.code != 1:
+                raise
 
 
 def _connection(address: Address) -> model.Connection:

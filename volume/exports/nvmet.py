@@ -171,10 +171,16 @@ class NvmetExporter(ConfigfsExporter[Subsystem]):
         ports = nvmet_ports.numbers(self.node)
         hosts = admitted(self.node, name)
         self.node.configure(removing(self.node, name, hosts, ports))
+        # Who dies before an entry is linked, or after it is unlinked, leaves
+        # one that admits nobody, and looks like one that another tool has
+        # made ready: it goes with what the host is let in to next.
         for host in hosts:
-            # Busy is one whom another subsystem admits, ours or not.
-            with self._hosts, contextlib.suppress(errors.Busy):
-                self.node.configure([Op.rmdir(f'{HOSTS}/{host}')])
+            self._remove_host(host)
+
+    def remove_if_there(self, target: Subsystem) -> None:
+        super().remove_if_there(target)
+        # What failed may have been the link.
+        self._remove_host(target.host_nqn)
 
     def remove_restored(self) -> None:
         names = self.names()
@@ -187,6 +193,11 @@ class NvmetExporter(ConfigfsExporter[Subsystem]):
 
     def _portals(self) -> tuple[Portal, ...]:
         return parse(self.conf.nvme_portals, 'nvme_portals', PORT)
+
+    def _remove_host(self, nqn: str) -> None:
+        # Busy is one whom another subsystem admits, ours or not.
+        with self._hosts, contextlib.suppress(errors.Busy):
+            self.node.configure([Op.rmdir(f'{HOSTS}/{nqn}')])
 
     def _connection(self, subsystem: Subsystem) -> model.Connection:
         """Return how the host connects, in the form that os-brick knows."""

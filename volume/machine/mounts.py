@@ -49,16 +49,47 @@ class Mounts:
                 return False  # a pipe, a socket and the like
         except OSError:
             return False  # closed meanwhile
+        mount, inode = self._place(pid, fd)
+        if mount is not None:
+            return not mount.is_far or mount.device == device
+        # Kernels before 5.14 do not tell it.
+        return inode is None or inode in inodes
+
+    def is_file(
+        self, pid: str, fd: str, path: str, device: int, inode: int
+    ) -> bool:
+        """Say whether what a process has open is this file, without a look.
+
+        By its number on its file system; and by its name, where the kernel
+        does not tell both.
+        """
+        try:
+            link = os.readlink(f'/proc/{pid}/fd/{fd}')
+        except OSError:
+            return False  # closed meanwhile
+        mount, found = self._place(pid, fd)
+        if not link.startswith('/') or found not in (None, inode):
+            return False
+        if mount is not None and mount.device != device:
+            return False
+        name = os.path.basename(link.removesuffix(' (deleted)'))
+        is_told = mount is not None and found is not None
+        return is_told or name == os.path.basename(path)
+
+    def _place(self, pid: str, fd: str) -> tuple[Mount | None, int | None]:
+        """Return on which mount an open file lies, and its number there.
+
+        Each is None if nobody tells it.
+        """
         info = dict(
             line.split(':', 1) for line in
             _text(f'/proc/{pid}/fdinfo/{fd}').splitlines() if ':' in line
         )
-        mount = self._find(pid, info.get('mnt_id', '').strip())
-        if mount is not None:
-            return not mount.is_far or mount.device == device
         inode = info.get('ino', '').strip()
-        # Kernels before 5.14 do not tell it.
-        return not inode or int(inode) in inodes
+        return (
+            self._find(pid, info.get('mnt_id', '').strip()),
+            int(inode) if inode else None,
+        )
 
     def _find(self, pid: str, mount_id: str) -> Mount | None:
         if mount_id not in self._known:

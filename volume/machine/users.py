@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from volume.machine.mounts import Mounts
 
@@ -26,8 +26,17 @@ SHOWN_MAX = 8
 DEAD = (errno.ENXIO, errno.ENODEV, errno.EIO, errno.ENOMEDIUM)
 
 
-def users(path: str) -> list[str]:
-    """Say of each user what it is; nobody uses what is not there."""
+def users(path: str, known: Sequence[int] = ()) -> list[str]:
+    """Say of each user what it is; nobody uses what is not there.
+
+    With what is ``known`` of a file, its device and its inode, nothing is
+    asked of the server that it lies with; the path has no links in it then.
+    """
+    if known:
+        device, inode = known
+        return _few([
+            *_openers(path, device, inode), *_loops(path)
+        ])
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -35,7 +44,8 @@ def users(path: str) -> list[str]:
     if not stat.S_ISBLK(found.st_mode):
         key = (found.st_dev, found.st_ino)
         return _few([
-            *_processes(set(), key, {found.st_ino}), *_loops(path)
+            *_processes(set(), key, {found.st_ino}),
+            *_loops(os.path.realpath(path)),
         ])
     devices = _with_partitions(found.st_rdev)
     named = [
@@ -54,13 +64,14 @@ def _few(named: list[str]) -> list[str]:
     return list(dict.fromkeys(named))[:SHOWN_MAX]
 
 
-def _with_partitions(device: int) -> set[int]:
+def _with_partitions(device: int, block: str = BLOCK) -> set[int]:
     found = {device}
-    base = f'{BLOCK}/{_number(device)}'
+    base = f'{block}/{_number(device)}'
     for name in _names(base):
         if os.path.exists(f'{base}/{name}/partition'):
-            major, minor = _text(f'{base}/{name}/dev').split(':')
-            found.add(os.makedev(int(major), int(minor)))
+            major, colon, minor = _text(f'{base}/{name}/dev').partition(':')
+            if colon:  # else it has vanished meanwhile
+                found.add(os.makedev(int(major), int(minor)))
     return found
 
 
@@ -94,6 +105,16 @@ def _processes(
             if is_it and (name := _text(f'/proc/{pid}/comm')) not in WATCHERS:
                 yield f'{name or "a process"} (pid {pid})'
                 break
+
+
+def _openers(path: str, device: int, inode: int) -> Iterator[str]:
+    mounts = Mounts()
+    for pid in _pids():
+        if any(
+            mounts.is_file(pid, fd, path, device, inode)
+            for fd in _names(f'/proc/{pid}/fd')
+        ):
+            yield f'{_text(f"/proc/{pid}/comm") or "a process"} (pid {pid})'
 
 
 def _mounts(devices: set[int]) -> Iterator[str]:
@@ -134,11 +155,10 @@ def _holders(devices: set[int]) -> Iterator[str]:
 
 
 def _loops(path: str) -> Iterator[str]:
-    real = os.path.realpath(path)
     for name in _names('/sys/block'):
         if name.startswith('loop') and _text(
             f'/sys/block/{name}/loop/backing_file'
-        ) == real:
+        ) == path:
             yield f'device {name}'
 
 

@@ -259,6 +259,7 @@ class Images:
             image.note(names.NOTE, text)
 
     def limit(self, volume: model.Volume, limits: model.IoLimits) -> None:
+        done = 0
         with self.link.image(
             volume.pool, names.image(volume), is_read_only=False
         ) as image:
@@ -266,10 +267,20 @@ class Images:
                 (f'{names.LIMIT}iops_limit', limits.iops),
                 (f'{names.LIMIT}bps_limit', limits.bytes_per_s),
             ):
-                if value is None:
-                    image.forget(key)
-                else:
-                    image.note(key, str(value))
+                try:
+                    if value is None:
+                        image.forget(key)
+                    else:
+                        image.note(key, str(value))
+                except errors.VolumeError as failed:
+                    if not done:
+                        raise
+                    # Whatever has become of this one, something happened.
+                    raise errors.Unknown(
+                        f'one limit of volume {volume.id} is set, and the '
+                        f'other may be what it was: {failed}'
+                    ) from failed
+                done += 1
 
     def adopt(self, handle: str, volume: model.Volume) -> str:
         name = names.image(volume)

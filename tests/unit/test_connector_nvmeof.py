@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How NVMe sees a disk grow; a tree of files stands for the kernel."""
+
+import os
+import unittest
+
+from volume import errors
+from volume import ids
+from volume import model
+from volume.connector import nvme_host
+from volume.connector.nvmeof import NvmeConnector
+from volume.machine import ops
+from volume.node import Node
+from volume.testing import fixtures
+
+NQN = 'nqn.2010-10.org.openstack:volume-1'
+CONTROLLER = f'{nvme_host.CONTROLLERS}/nvme0'
+SIZE = '/sys/block/nvme0n1/size'
+CONNECTION = model.Connection('nvmeof', {
+    'target_nqn': NQN, 'volume_id': ids.new(),
+    'portals': [['192.0.2.1', '4420', 'tcp']],
+})
+
+
+class HostNode(Node):
+    """A host with a disk that grows some looks after a scan was asked for."""
+
+    looks_left = None
+
+    def __init__(self, state_dir):
+        super().__init__(state_dir)
+        for name, text in (
+            ('subsysnqn', NQN), ('state', 'live'), ('transport', 'tcp'),
+            ('address', 'traddr=192.0.2.1,trsvcid=4420'),
+            ('nvme0n1/size', ''),
+        ):
+            self.make(f'{CONTROLLER}/{name}', text)
+        self.make(SIZE, '8')
+
+    def make(self, path, text):
+        os.makedirs(os.path.dirname(self.here(path)), exist_ok=True)
+        with open(self.here(path), 'w') as f:
+            f.write(text)
+
+    def here(self, path):
+        return os.path.join(self.state_dir, 'host', path.lstrip('/'))
+
+    def configure(self, wanted):
+        for op in wanted:
+            if op.path.endswith('/rescan_controller'):
+                self.make(op.path, '')
+                self.looks_left = 3
+            elif op.path == SIZE and self.looks_left is not None:
+                self.looks_left -= 1
+                if not self.looks_left:
+                    self.make(SIZE, '16')
+        return [
+            ops.run(ops.Op(op.verb, self.here(op.path), op.text))
+            for op in wanted
+        ]
+
+
+class Growing(unittest.TestCase):
+
+    def setUp(self):
+        self.node = HostNode(fixtures.state_dir(self))
+        self.connector = NvmeConnector(self.node)
+
+    def test_the_size_is_told_when_the_kernel_has_asked_for_it(self):
+        self.assertEqual(16 * 512, self.connector.extend(CONNECTION))
+
+    def test_one_that_has_not_grown_is_not_waited_for_without_end(self):
+        self.connector.grow_s = 0.0
+        self.assertEqual(8 * 512, self.connector.extend(CONNECTION))
+
+    def test_one_that_is_not_attached_is_refused(self):
+        os.unlink(self.node.here(f'{CONTROLLER}/subsysnqn'))
+        with self.assertRaises(errors.NotFound):
+            self.connector.extend(CONNECTION)
