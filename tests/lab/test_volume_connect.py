@@ -116,7 +116,10 @@ class VolumeConnectTest(LabService):
         self.wait(ended, 'available')
         said = self.connect('clean', '--dry-run')
         self.assertIn('would remove', said)
-        self.assertEqual(2, len(self.listed()))
+        self.assertEqual(
+            {ended: 'dead', kept: 'attached'},
+            {row['volume_id']: row['state'] for row in self.listed()},
+        )
         self.connect('clean')
         (row,) = self.listed()
         self.assertEqual(kept, row['volume_id'])

@@ -18,6 +18,7 @@ from volume.connector import nfs
 from volume.connector import nvmeof
 from volume.connector import open_iscsi
 from volume.connector.base import Connector
+from volume.connector.base import Stray
 from volume.connector.iscsi import IscsiConnector
 from volume.connector.kept import Kept
 from volume.machine import users
@@ -225,6 +226,7 @@ class Lamp(Connector):
 
     def __init__(self, node):
         self.is_on = False
+        self.left = []
         self.fails: errors.VolumeError | None = None
 
     def host(self):
@@ -243,6 +245,9 @@ class Lamp(Connector):
 
     def present(self, connection):
         return '/dev/lamp' if self.is_on else ''
+
+    def strays(self):
+        return iter(self.left)
 
 
 @unittest.skipIf(os.getuid(), 'this user is not root')
@@ -322,6 +327,19 @@ class Notes(unittest.TestCase):
         self.lamp.is_on = False
         gone, = self.kept.notes()
         self.assertTrue(self.kept.may_be_dead(gone))
+
+    def test_what_is_there_and_answers_no_more_is_listed_as_dead(self):
+        other = Stray('iscsi', VOLUME, ids.new(), 'a record')
+        self.kept.attach(self.connection, ATTACHMENT)
+        self.lamp.left = [other]
+        (note,), strays = self.kept.seen()
+        self.assertEqual(('attached', [other]), (note.state, strays))
+        self.lamp.left = [Stray('iscsi', VOLUME, ATTACHMENT, '1 dead')]
+        (note,), strays = self.kept.seen()
+        self.assertEqual(('dead', []), (note.state, strays))
+        self.lamp.is_on = False
+        (note,), strays = self.kept.seen()
+        self.assertEqual(('gone', []), (note.state, strays))
 
     def test_a_note_in_pieces_is_said(self):
         self.kept.attach(self.connection, ATTACHMENT)

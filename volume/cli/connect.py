@@ -70,8 +70,9 @@ def make_parser() -> parser.Parser:
         verbs, 'list', hostside.show_list, 'list what this host has',
         'volume-connect list',
         more='The state is attached; attaching or detaching (a run was '
-             'ended in between);\ngone (it was attached, and nothing of it '
-             'is there); or stray (no note is there,\nand nothing answers).',
+             'ended in between);\ndead (its device is there, and nothing '
+             'answers); gone (it was attached, and\nnothing of it is there); '
+             'or stray (no note is there, and nothing answers).',
     )
     verb = parser.verb(
         verbs, 'clean', hostside.clean, 'let go of what no attachment '

@@ -24,6 +24,7 @@ from volume.node import Node
 
 ATTACHING, ATTACHED, DETACHING = 'attaching', 'attached', 'detaching'
 GONE = 'gone'  # noted as attached, and not there
+DEAD = 'dead'  # noted as attached, still there, and nothing answers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,6 +120,24 @@ class Kept:
         for connector in here.installed(self._find):
             if connector.leaves_traces:
                 yield from connector.strays()
+
+    def seen(self) -> tuple[list[Note], list[Stray]]:
+        """Return what is noted, and what is left here besides.
+
+        Of what is noted it is said whether its device still answers; where
+        the protocol does not know that, only the service does.
+        """
+        strays = {each.attachment_id: each for each in self.strays()}
+        notes = list(self.notes())
+        noted = {note.attachment_id for note in notes}
+        return [
+            dataclasses.replace(note, state=DEAD)
+            if note.state == ATTACHED and note.attachment_id in strays
+            else note for note in notes
+        ], [
+            stray for stray in strays.values()
+            if stray.attachment_id not in noted
+        ]
 
     def reap(self, stray: Stray) -> None:
         """Let go of what was left.
