@@ -256,6 +256,14 @@ class Hosts(commands.Cli):
         self.assertEqual('in-use', self.json('show', name)['status'])
         (each,) = self.json('attachments', name)
         self.assertEqual(('attached', url), (each['status'], each['location']))
+        self.assertEqual(socket.gethostname(), each['host'])
+        self.assertIn(
+            f' {socket.gethostname()} ',
+            self.volume('attachments', name).stdout,
+        )
+        self.assertEqual(
+            [each], self.json('attachments', '--host', each['host'])
+        )
         data = os.urandom(4096)
         client = NbdClient(url)
         client.pwrite(data, 0)

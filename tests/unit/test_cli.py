@@ -11,6 +11,7 @@ import sys
 import unittest
 
 from volume import ids
+from volume.cli import hostside
 from volume.cli import main
 from volume.cli import meter
 from volume.cli import show
@@ -70,6 +71,31 @@ class Values(unittest.TestCase):
         for text in '', 'soon', '-1', '1w', '1 m', 'inf':
             with self.assertRaises(argparse.ArgumentTypeError):
                 values.duration(text)
+
+
+class Locations(unittest.TestCase):
+
+    def shown(self, **info):
+        return hostside.shown_of({
+            'id': '1', 'volume_id': '2', 'status': 'attached',
+            'attach_mode': 'rw', 'instance': None, 'attached_at': '',
+            'connection_info': info,
+        })['location']
+
+    def test_what_becomes_a_device_has_the_url_of_its_export(self):
+        self.assertEqual(
+            'iscsi://192.0.2.1:3260/iqn.x:volume-1/1', self.shown(
+                target_portal='192.0.2.1:3260', target_iqn='iqn.x:volume-1',
+                target_lun=1, auth_username='u', auth_password='secret',
+            ),
+        )
+        for address, shown in ('192.0.2.1',) * 2, ('2001:db8::1',
+                                                   '[2001:db8::1]'):
+            self.assertEqual(f'nvme+tcp://{shown}:4420/nqn.x/1', self.shown(
+                target_nqn='nqn.x', ns_id=1,
+                portals=[[address, '4420', 'tcp']],
+            ))
+        self.assertIsNone(self.shown())
 
 
 class Words(unittest.TestCase):

@@ -198,6 +198,14 @@ class Attachments(unittest.TestCase):
         self.assertEqual(OTHER, info['attachment_id'])
         self.assertEqual('ro', info['access_mode'])
 
+    def test_which_host_has_it_is_told_to_whom_a_volume_tells_it(self):
+        row = models.Attachment(
+            id=OTHER, volume_id=ID, status='attached', mode='rw', host='h1',
+            is_connected=True, connector={'host': 'h1'}, connection={},
+        )
+        self.assertIsNone(views.attachment(row)['host'])
+        self.assertEqual('h1', views.attachment(row, is_trusted=True)['host'])
+
     def test_what_was_never_connected_has_no_connection(self):
         row = models.Attachment(
             id=OTHER, volume_id=ID, status='reserved', mode='rw',

@@ -224,11 +224,15 @@ def attachment_summary(row: models.Attachment) -> JSON:
 
 
 def attachment(
-    row: models.Attachment, credentials: Mapping[str, str] | None = None
+    row: models.Attachment,
+    credentials: Mapping[str, str] | None = None,
+    *,
+    is_trusted: bool = False,
 ) -> JSON:
     """Return everything about an attachment; the connection is flat.
 
-    ``credentials`` are for its host and for services alone.
+    ``credentials`` are for its host and for services alone. Which machine
+    that host is, is for whom a volume tells it too.
     """
     info: JSON = {}
     if row.is_connected:
@@ -247,6 +251,7 @@ def attachment(
         'attached_at': when(row.attached_at) or '',
         'detached_at': '',
         'attach_mode': row.mode,
+        'host': (row.host or None) if is_trusted else None,
         'connection_info': info,
     }
 

@@ -173,13 +173,29 @@ def shown_of(row: Json) -> dict[str, Any]:
         'volume_id': row['volume_id'],
         'status': row['status'],
         'mode': row['attach_mode'],
+        'host': row.get('host'),
         'instance_id': row['instance'],
         'protocol': info.get('driver_volume_type'),
-        'location': info.get('uri') or info.get('path'),
+        'location': _location(info),
         'image_format': info.get('format') or 'raw',
         'attached_at': f'{row["attached_at"]}Z' if row['attached_at']
         else None,
     }
+
+
+def _location(info: Json) -> str | None:
+    """Return what programs that open a connection by themselves call it.
+
+    Of a session of the kernel that is no device: which one it becomes, only
+    its host can say.
+    """
+    if portal := info.get('target_portal'):
+        return f'iscsi://{portal}/{info["target_iqn"]}/{info["target_lun"]}'
+    if nqn := info.get('target_nqn'):
+        address, port, _ = info['portals'][0]
+        where = f'[{address}]' if ':' in address else address
+        return f'nvme+tcp://{where}:{port}/{nqn}/{info["ns_id"]}'
+    return info.get('uri') or info.get('path')
 
 
 def _ask(
@@ -273,13 +289,12 @@ def extend(session: Session, args: argparse.Namespace) -> None:
 
 
 def show_list(session: Session, args: argparse.Namespace) -> None:
-    kept = _kept(session)
-    rows = [_row(note) for note in kept.notes()]
-    known = {row['id'] for row in rows}
+    notes, strays = _kept(session).seen()
+    rows = [_row(note) for note in notes]
     rows += [
         {'id': stray.attachment_id, 'volume_id': stray.volume_id,
          'protocol': stray.protocol, 'state': 'stray', 'location': None}
-        for stray in kept.strays() if stray.attachment_id not in known
+        for stray in strays
     ]
     show.many(rows, COLUMNS, session.format)
 

@@ -134,6 +134,7 @@ ATTACHMENTS = (
     Column('VOLUME', lambda a: a['volume_id']),
     Column('STATUS', lambda a: a['status']),
     Column('MODE', lambda a: a['mode']),
+    Column('HOST', lambda a: a['host'] or a['instance_id']),
     Column('LOCATION', lambda a: a['location']),
 )
 SERVICES = (

@@ -51,7 +51,7 @@ def show(call: Call) -> Reply:
     )
     if call.is_trusted:
         return _connected(call, row)
-    return Reply(200, {'attachment': views.attachment(row)})
+    return Reply(200, {'attachment': _view(call, row)})
 
 
 def index(call: Call) -> Reply:
@@ -112,8 +112,12 @@ def need_service(call: Call, asked: Iterable[models.Attachment]) -> None:
 def _connected(call: Call, row: models.Attachment) -> Reply:
     """Answer who connects, or a service: with the host's credentials."""
     return Reply(200, {'attachment': views.attachment(
-        row, credentials.of(call.core, row)
+        row, credentials.of(call.core, row), is_trusted=call.is_trusted
     )})
+
+
+def _view(call: Call, row: models.Attachment) -> views.JSON:
+    return views.attachment(row, is_trusted=call.is_trusted)
 
 
 def _complete(call: Call, info: Fields) -> None:
@@ -125,9 +129,12 @@ def _list(call: Call, *, detail: bool) -> Reply:
         call.core, call.caller,
         paging.page(call, FILTERS, SORT, lookup.ATTACHMENT_FILTERS),
     )
-    view = views.attachment if detail else views.attachment_summary
+    shown = [
+        _view(call, row) if detail else views.attachment_summary(row)
+        for row in found.rows
+    ]
     return Reply(200, paging.listed(
-        call, 'attachments', [view(row) for row in found.rows], found,
+        call, 'attachments', shown, found,
         found.rows[-1].id if found.rows else '',
     ))
 
