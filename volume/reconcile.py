@@ -485,7 +485,9 @@ def _adopt(
             **common, claimed_bytes=found.size_bytes, lease_shared=0,
             launched_at=now, deleted_at=None,
         ))
-        access.settle(session, found.id or '', now)
+        if common['status'] == 'available':
+            session.flush()  # the row is there for what comes next
+            access.settle(session, found.id or '', now)
         return True
 
     return db.write(make)

@@ -86,7 +86,9 @@ def _begin_anew(job: Job) -> str:
     the layer's own tables can be believed.
     """
     unprovision(job)
-    handle: str = job.backend.call('create', job.volume())
+    handle: str = job.backend.call(
+        'create', sidecar.unborn(job, is_filled=False)
+    )
     job.volume_row().handle = handle
     sidecar.write(job, is_filled=False)
     return handle
