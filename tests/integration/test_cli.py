@@ -297,9 +297,11 @@ class Hosts(commands.Cli):
             'GET', '/v3/attachments/detail'
         ).json['attachments']
         info = json.dumps(row['connection_info'])
-        self.assertEqual(url, connect(
-            'attach', '--connection', '-', stdin=info, url='unix:/nonexistent'
-        ).stdout.strip())
+        for given in info, json.dumps({'attachment': row}):
+            self.assertEqual(url, connect(
+                'attach', '--connection', '-', stdin=given,
+                url='unix:/nonexistent',
+            ).stdout.strip())
         connect('detach', name)
         connect('attach', '--connection', '-', stdin=info, code=3)
         connect('attach', '--connection', '-', stdin='{}', code=2)

@@ -419,8 +419,9 @@ def _given(path: str) -> tuple[model.Connection, str]:
         raise Usage(f'{path} cannot be read: {failed.strerror}') from None
     except ValueError:
         raise Usage(f'{path} is no JSON') from None
-    if isinstance(info, dict):
-        info = info.get('connection_info', info)
+    for key in 'attachment', 'connection_info':  # the answer of REST, or RPC
+        if isinstance(info, dict):
+            info = info.get(key, info)
     if not isinstance(info, dict) or 'driver_volume_type' not in info:
         raise Usage(f'{path} is no connection_info')
     connection = here.connection(info)
