@@ -557,7 +557,11 @@ def _about(job: Job) -> str:
     row = job.row
     if row.snapshot_id:
         return f'snapshot {row.snapshot_id} of volume {row.volume_id}'
-    return f'volume {row.volume_id}'
+    if row.volume_id:
+        return f'volume {row.volume_id}'
+    # What was exported before a restart is restored all at once.
+    count = len(row.args.get('attachments', ()))
+    return f'{count} attachment{"" if count == 1 else "s"}'
 
 
 def _is_cancelled(session: Session, job: Job) -> bool:

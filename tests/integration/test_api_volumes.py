@@ -48,6 +48,12 @@ class Volumes(unittest.TestCase):
         })
         self.assertEqual(200, changed.status)
         self.assertEqual('other', changed.json['volume']['name'])
+        for empty in '', ' ', None:
+            refused = self.ask('PUT', f'/v3/volumes/{made["id"]}', {
+                'volume': {'name': empty, 'description': 'e'},
+            })
+            self.assertEqual(400, refused.status, empty)
+            self.assertIn('name of \'other\' is empty', refused.message)
         gone = self.ask('DELETE', f'/v3/volumes/{made["id"]}')
         self.assertEqual((202, ''), (gone.status, gone.text))
         self.world.gone(made['id'])

@@ -125,6 +125,9 @@ class Volumes(commands.Cli):
             'create', '--size', '1M', '--tag', 'tape'
         ))
         self.assertIn('without room', self.refused('create', '--size', '64G'))
+        self.assertIn("there is no backend 'tape'", self.refused(
+            'create', '--size', '1M', '--backend', 'tape'
+        ))
 
     def test_bytes_go_out_to_an_image_and_come_back(self):
         name = self.name()
@@ -340,7 +343,11 @@ class Hosts(commands.Cli):
         self.assertEqual(
             listed['id'], self.json('snapshot', 'show', f'{name}-t')['id']
         )
-        self.assertIn('1 snapshots', self.refused('delete', name))
+        words = self.refused('delete', name)
+        self.assertIn('1 snapshots', words)
+        self.assertIn('--cascade', words)
+        words = self.refused('revert', f'{name}-o', f'{name}-t', code=3)
+        self.assertIn(f'is of volume {listed["volume_id"]}', words)
         self.volume('snapshot', 'delete', f'{name}-t')
         self.assertEqual([], self.json('snapshot', 'list', '--volume', name))
         self.volume('delete', name, f'{name}-c', f'{name}-o')
@@ -351,9 +358,13 @@ class Hosts(commands.Cli):
         self.volume('delete', name, '--cascade')
         self.refused('snapshot', 'show', kept['id'], code=3)
 
-    def test_a_second_host_is_refused(self):
+    def test_a_second_host_and_what_needs_force_are_refused(self):
         name = self.make()
         self.attach(name)
+        self.assertIn('(--force)', self.refused('snapshot', 'create', name))
+        self.assertIn('(--force)', self.refused(
+            'upload', name, 'file:///nonexistent'
+        ))
         self.assertIn(
             'is attached to', self.refused('attach', name, '--host', 'b')
         )

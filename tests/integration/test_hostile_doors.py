@@ -143,10 +143,10 @@ class Doors(unittest.TestCase):
         small = {'size_bytes': MIB}
         hint = {'volume': small}
         for key, value, words in (
-            ('backend', 'tape', '2 of another backend'),
+            ('backend', 'tape', "there is no backend 'tape'"),
             ('tags', ['tape'], '2 without the tags'),
             ('pool', 'lagoon', '2 of another name'),
-            ('backend', "x' OR '1'='1", '2 of another backend'),
+            ('backend', "x' OR '1'='1", 'there is no backend "x'),
         ):
             with self.subTest(key):
                 self.assertIn(

@@ -11,6 +11,7 @@ import sys
 import unittest
 
 from volume import ids
+from volume import sizes
 from volume.cli import hostside
 from volume.cli import main
 from volume.cli import meter
@@ -50,7 +51,7 @@ class Values(unittest.TestCase):
         for text in (
             '', '10', '10GB', '10MB', 'G', '-1G', '0G', '1e3G', '1,5G',
             '10X', '10iB', '1.3K', '0.1G', '1B', '9999999P', '1.G', '٣G',
-            'nanG', '10 G B',
+            'nanG', '10 G B', '0', '-1', '0.0',
         ):
             with self.subTest(text=text):
                 with self.assertRaises(argparse.ArgumentTypeError):
@@ -61,7 +62,14 @@ class Values(unittest.TestCase):
             0: '0 B', 512: '512 B', 1024: '1 KiB', 3 << 39: '1.5 TiB',
             10 << 30: '10 GiB', (10 << 30) + 512: '10.0 GiB',
         }.items():
-            self.assertEqual(text, values.human(size_bytes))
+            self.assertEqual(text, sizes.human(size_bytes))
+
+    def test_bytes_are_told_where_a_rounded_size_hides_them(self):
+        for size_bytes, text in {
+            0: '0 B', 512: '512 B', 10 << 20: '10 MiB', 90 << 40: '90 TiB',
+            (10 << 20) + 512: '10.0 MiB (10486272 bytes)',
+        }.items():
+            self.assertEqual(text, sizes.exact(size_bytes))
 
     def test_times_have_units(self):
         self.assertEqual(
@@ -139,6 +147,29 @@ class Words(unittest.TestCase):
                 self.assertEqual((2, ''), (code, out.getvalue()))
                 self.assertEqual(1, err.getvalue().count('\n'))
                 self.assertNotIn('secret', err.getvalue())
+
+
+    def said(self, *words):
+        """Return what is said of a wrong command line."""
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            with self.assertRaises(SystemExit):
+                main.main(words)
+        return err.getvalue()
+
+    def test_what_is_wrong_is_told_in_plain_words(self):
+        for words, said in {
+            ('create', '--size', '-1G'): "size '-1G' is not like 10G",
+            ('create', '--size', '0'): "size '0' must be greater than 0",
+            ('create', '--sise', '1G'): 'see "volume create --help"',
+            ('jobs', 'show', 'x', '--y'): 'see "volume jobs show --help"',
+            ('--sise', 'list'): 'see "volume --help"',
+            ('rename', 'a', ''): 'the name is empty',
+            ('set', 'a', '--name', ' '): 'the name is empty',
+            ('snapshot', 'rename', 'a', ''): 'the name is empty',
+        }.items():
+            with self.subTest(words=words):
+                self.assertIn(said, self.said(*words))
 
 
 class Help(unittest.TestCase):

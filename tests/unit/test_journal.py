@@ -44,6 +44,17 @@ class Order(JournalCase):
         self.assertEqual('error', self.status())
         self.assertEqual(['failed'], self.ended)
 
+    def test_the_log_says_what_a_job_of_many_volumes_is_about(self):
+        self.start(self.flow('a'))
+        for given, said in ([1], 'of 1 attachment '), (
+            [1, 2], 'of 2 attachments ',
+        ):
+            row = self.fresh()
+            row.volume_id, row.args = None, {'attachments': given}
+            with self.assertLogs('volume.journal', 'INFO') as log:
+                journal.run(self.job(row))
+            self.assertIn(said, log.output[0])
+
     def test_a_step_without_undo_is_passed_over(self):
         self.start(self.flow(undo=False))
         self.troubles['c'] = errors.Conflict('no')

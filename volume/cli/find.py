@@ -26,7 +26,19 @@ def snapshot(client: Client, text: str, volume_id: str | None = None) -> str:
     :raises NotFound: no snapshot has the name
     :raises Conflict: several have it
     """
-    return _find(client, 'snapshot', text, volume_id=volume_id)
+    try:
+        return _find(client, 'snapshot', text, volume_id=volume_id)
+    except errors.NotFound:
+        if volume_id is None:
+            raise
+        others = list(client.pages('/snapshots/detail', 'snapshots', 1,
+                                   name=text))
+        if not others:
+            raise
+        raise errors.NotFound(
+            f'snapshot {text!r:.255} is of volume {others[0]["volume_id"]}, '
+            f'and volume {volume_id} has none of that name'
+        ) from None
 
 
 def _find(

@@ -19,10 +19,10 @@ import sqlalchemy
 from oslo_config import cfg
 
 from volume.cli import show
-from volume.cli.values import human
 from volume.db import migrate
 from volume.db import overview
 from volume.db.engine import Database
+from volume.sizes import human
 
 Json = dict[str, Any]
 

@@ -8,6 +8,7 @@ comes to mind first.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -27,6 +28,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         settings.setdefault('formatter_class', Formatter)
         super().__init__(allow_abbrev=False, **settings)
+
+        # -1G is a wrong size, and no option.
+        self._negative_number_matcher = re.compile(r'-\d')
+
+    def parse_known_args(self, *args: Any, **settings: Any) -> Any:
+        """Refuse here what is unknown: the verb's help says what it takes.
+        """
+        found, unknown = super().parse_known_args(*args, **settings)
+        if unknown:
+            self.error(f'unrecognized arguments: {" ".join(unknown)}')
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         words = show.clean(message)

@@ -18,6 +18,7 @@ from volume.cli.client import Json
 from volume.cli.parser import Verbs
 from volume.cli.wait import Session
 from volume.cli.wait import Ticket
+from volume.sizes import human
 
 
 def add(verbs: Verbs) -> None:
@@ -25,8 +26,9 @@ def add(verbs: Verbs) -> None:
     verb = parser.verb(
         verbs, 'extend', extend, 'make a volume larger',
         'volume extend database 40G',
-        more='It must not be attached. What is in it stays; the new bytes '
-             'are zero.',
+        more='What is in it stays; the new bytes are zero. An attached one '
+             'grows where its\nexporter can (lio, nvmet) or its driver '
+             '(rbd): see to its host then.',
         waits=True,
     )
     _add_volume(verb)
@@ -146,7 +148,7 @@ def extend(session: Session, args: argparse.Namespace) -> None:
         session, args, 'extending',
         {'os-extend': {'new_size_bytes': args.size}},
     )
-    size = values.human(args.size)
+    size = human(args.size)
     _done(session, volume_id, f'volume {args.volume} has {size}')
 
 
@@ -167,7 +169,7 @@ def limit(session: Session, args: argparse.Namespace) -> None:
     volume_id = _act(session, args, 'limiting', {'os-limit': limits})
     said = [
         f'{args.iops} requests a second' if args.iops else '',
-        f'{values.human(args.bandwidth)} a second' if args.bandwidth else '',
+        f'{human(args.bandwidth)} a second' if args.bandwidth else '',
     ]
     told = ' and '.join(filter(None, said)) or 'no limit'
     _done(session, volume_id, f'volume {args.volume} has {told}')

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from volume.cli.client import Json
-from volume.cli.values import human
 from volume.cli.values import Usage
+from volume.sizes import human
 
 FORMATS = ('table', 'json', 'id')
 

@@ -54,7 +54,9 @@ def add(verbs: Verbs) -> None:
         'volume snapshot rename before-upgrade version-1',
     )
     _add_snapshot(verb)
-    verb.add_argument('name', metavar='NAME', help='the new name')
+    verb.add_argument(
+        'name', type=values.name, metavar='NAME', help='the new name'
+    )
     verb = parser.verb(
         verbs, 'delete', delete, 'delete snapshots',
         'volume snapshot delete before-upgrade',

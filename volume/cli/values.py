@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people type, made exact: sizes, times, pairs; and sizes to read.
+"""What people type, made exact: sizes, times, pairs, names.
 
 A size has a unit, because a bare number is bytes to one tool and GiB to the
 next; and a unit that means two things is refused.
@@ -14,8 +14,8 @@ import re
 from volume import errors
 from volume import ids
 from volume import model
+from volume.sizes import UNITS
 
-UNITS = {letter: 1024 ** n for n, letter in enumerate('BKMGTP')}
 SECONDS = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
 
 _SIZE = re.compile(r'([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)')
@@ -32,6 +32,8 @@ def size(text: str) -> int:
     if found is None:
         raise _wrong(f'size {text!r} is not like 10G, 512M or 1.5T')
     number, unit = decimal.Decimal(found[1]), found[2].upper()
+    if not number:
+        raise _wrong(f'size {text!r} must be greater than 0')
     if not unit:
         raise _wrong(
             f'size {text!r} has no unit; write {text}G for GiB, or {text}M '
@@ -48,8 +50,6 @@ def size(text: str) -> int:
             f'size {text!r} has an unknown unit; K, M, G, T and P are known'
         )
     size_bytes = number * UNITS[letter]
-    if size_bytes <= 0:
-        raise _wrong(f'size {text!r} must be greater than 0')
     if size_bytes >= 1 << 62:
         raise _wrong(f'size {text!r} is over every limit')
     if size_bytes % model.SECTOR_BYTES:
@@ -60,19 +60,11 @@ def size(text: str) -> int:
     return int(size_bytes)
 
 
-def human(size_bytes: int | None) -> str:
-    """Return a size for people; only whole ones look whole."""
-    if size_bytes is None:
-        return ''
-    letter = 'B'
-    for each, unit in UNITS.items():
-        if size_bytes >= unit:
-            letter = each
-    if letter == 'B':
-        return f'{size_bytes} B'
-    number = size_bytes / UNITS[letter]
-    whole = size_bytes % UNITS[letter] == 0
-    return f'{number:.0f} {letter}iB' if whole else f'{number:.1f} {letter}iB'
+def name(text: str) -> str:
+    """Return a name that a thing is to have."""
+    if not text.strip():
+        raise _wrong('the name is empty')
+    return text
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -39,7 +39,9 @@ def add(verbs: Verbs) -> None:
         'volume rename database old-database',
     )
     _add_volume(verb)
-    verb.add_argument('name', metavar='NAME', help='the new name')
+    verb.add_argument(
+        'name', type=values.name, metavar='NAME', help='the new name'
+    )
     _add_set(verbs)
     _add_delete(verbs)
 
@@ -144,7 +146,9 @@ def _add_set(verbs: Verbs) -> None:
         'owner=shop',
     )
     _add_volume(verb)
-    verb.add_argument('--name', metavar='NAME', help='its new name')
+    verb.add_argument(
+        '--name', type=values.name, metavar='NAME', help='its new name'
+    )
     verb.add_argument(
         '--description', metavar='TEXT', help='its new description'
     )

@@ -19,6 +19,7 @@ from typing import Any
 from volume import errors
 from volume import model
 from volume import progress
+from volume import sizes
 from volume.drivers import base
 from volume.flows.image_out import upload as upload
 from volume.flows.way import fd_path
@@ -152,8 +153,9 @@ def check_fits(
     if virtual_size_bytes > volume.size_bytes:
         gib = -(-virtual_size_bytes // model.GIB)
         raise errors.Invalid(
-            f'{name} has a disk of {virtual_size_bytes} bytes, and volume '
-            f'{volume.id} has {volume.size_bytes}; make it {gib} GiB or more'
+            f'{name} has a disk of {sizes.exact(virtual_size_bytes)}, and '
+            f'volume {volume.id} has {sizes.exact(volume.size_bytes)}; make '
+            f'it {gib} GiB or more'
         )
 
 
@@ -202,16 +204,16 @@ def _check_room(
     size_bytes = facts.stat.size_bytes or 0
     if free_bytes is not None and size_bytes > free_bytes:
         raise errors.NoSpace(
-            f'{name} holds {size_bytes} bytes, and the pool has {free_bytes} '
-            'free'
+            f'{name} holds {sizes.exact(size_bytes)}, and the pool has '
+            f'{sizes.human(free_bytes)} free'
         )
     if facts.stat.path is None:
         node.make_directory(spool_directory)
         room_bytes = node.space(spool_directory).free_bytes
         if size_bytes > room_bytes:
             raise errors.NoSpace(
-                f'{name} has {size_bytes} bytes, and the directory where it '
-                f'is spooled has {room_bytes} free'
+                f'{name} has {sizes.exact(size_bytes)}, and the directory '
+                f'where it is spooled has {sizes.human(room_bytes)} free'
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from volume import errors
 from volume import model
+from volume import sizes
 
 NAME_MAX = 255
 METADATA_ITEMS_MAX = 128
@@ -26,7 +27,7 @@ def size(value: object, size_bytes_max: int) -> int:
     if value > size_bytes_max:
         # Not shown: it may have thousands of digits.
         raise errors.Invalid(
-            f'the size is over the limit of {size_bytes_max} bytes'
+            f'the size is over the limit of {sizes.exact(size_bytes_max)}'
         )
     if value % model.SECTOR_BYTES:
         raise errors.Invalid(
@@ -55,6 +56,15 @@ def text(value: object, what: str, length_max: int = NAME_MAX) -> str:
     except UnicodeEncodeError:
         raise errors.Invalid(f'{what} is not valid Unicode') from None
     return value
+
+
+def renamed(was: str, name: str | None) -> None:
+    """Refuse to take a name away; one that never had any needs none.
+
+    :raises Invalid: the new name is empty
+    """
+    if was and name is not None and not name.strip():
+        raise errors.Invalid(f'the new name of {was!r:.80} is empty')
 
 
 def metadata(value: object) -> dict[str, str]:

@@ -43,6 +43,7 @@ def upload(
     def accept(session: Session) -> tuple[models.Job, models.Volume]:
         row = rows.volume(session, caller, volume_id)
         rows.need_still(session, row, 'be uploaded')
+        rows.need_force(row, force, 'be uploaded')
         job_id = ids.new()
         rows.take(
             session, row, job_id, statuses, 'be uploaded',

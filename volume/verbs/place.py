@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from volume import errors
 from volume import placement
+from volume import sizes
 from volume.context import Caller
 from volume.core import Core
 from volume.db import claims
@@ -57,9 +58,9 @@ def size(core: Core, new: NewVolume, source: Source | None) -> int:
     size_bytes = checks.size(size_bytes, core.settings.size_bytes_max)
     if source and size_bytes < source.size_bytes:
         raise errors.Invalid(
-            f'size {size_bytes} is smaller than the source: '
+            f'size {sizes.exact(size_bytes)} is smaller than the source: '
             f'{type(source).__name__.lower()} {source.id} has '
-            f'{source.size_bytes} bytes'
+            f'{sizes.exact(source.size_bytes)}'
         )
     return size_bytes
 
@@ -104,11 +105,24 @@ def claim(
     """Choose and claim; a pool whose claim fails is chosen no more."""
     pools = claims.candidates(session, core.heard_after())
     while True:
-        chosen = placement.choose(pools, wish)
+        try:
+            chosen = placement.choose(pools, wish)
+        except errors.NoSpace:
+            _need_backend(session, wish)
+            raise
         if claims.claim(session, chosen, placement.claim_bytes(chosen, wish)):
             return chosen
         full = dataclasses.replace(chosen, unclaimed_bytes=-1)
         pools = [full if each is chosen else each for each in pools]
+
+
+def _need_backend(session: Session, wish: placement.Wish) -> None:
+    """Say so if none of the pools fits because of a name that none has."""
+    if wish.backend and session.get(models.Backend, wish.backend) is None:
+        raise errors.NoSpace(
+            f'no pool fits: there is no backend {wish.backend!r:.80}; see '
+            '"volume backends"'
+        )
 
 
 def is_native(

@@ -148,6 +148,19 @@ def need_still(
             )
 
 
+def need_force(row: models.Volume, force: bool, verb: str) -> None:
+    """Refuse what is done to an attached volume only if that is asked for.
+
+    :raises Invalid: it is attached, and ``force`` is not given
+    """
+    if row.status == 'in-use' and not force:
+        raise errors.Invalid(
+            f'volume {row.id} cannot {verb}: it is attached; detach it '
+            'first, or have it done as of one moment, as after a power cut, '
+            'with force (--force)'
+        )
+
+
 def home(session: Session, row: models.Volume) -> str:
     """Return the node that has the volume open for a host; empty if none.
 

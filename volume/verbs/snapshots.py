@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from volume import errors
 from volume import ids
 from volume import placement
+from volume import sizes
 from volume.context import Caller
 from volume.core import Core
 from volume.db import claims
@@ -62,6 +63,7 @@ def create(core: Core, caller: Caller, new: NewSnapshot) -> models.Snapshot:
         pool = rows.pool(session, volume)
         rows.need_feature(pool, 'Snapshots', 'take a snapshot')
         rows.need_still(session, volume, 'be kept as a snapshot')
+        rows.need_force(volume, new.force, 'be kept as a snapshot')
         job_id = ids.new()
         rows.take(
             session, volume, job_id, statuses, 'be kept as a snapshot'
@@ -72,9 +74,9 @@ def create(core: Core, caller: Caller, new: NewSnapshot) -> models.Snapshot:
         )
         if not claims.claim(session, candidate, claimed):
             raise errors.NoSpace(
-                f'pool {pool.backend}#{pool.name} cannot promise {claimed} '
-                'bytes more, which the snapshot may need; delete something in '
-                'it, or add storage'
+                f'pool {pool.backend}#{pool.name} cannot promise '
+                f'{sizes.exact(claimed)} more, which the snapshot may need; '
+                'delete something in it, or add storage'
             )
         now = core.db.clock()
         row = models.Snapshot(
@@ -151,6 +153,7 @@ def update(
 
     def accept(session: Session) -> models.Snapshot:
         row = rows.snapshot(session, caller, snapshot_id)
+        checks.renamed(row.name, values.get('name'))
         for key, value in values.items():
             setattr(row, key, value)
         row.updated_at = core.db.clock()

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from volume import errors
 from volume import ids
 from volume import placement
+from volume import sizes
 from volume.context import Caller
 from volume.core import Core
 from volume.db import claims
@@ -132,7 +133,7 @@ def delete(
         if not cascade and (count := _snapshot_count(session, row.id)):
             raise errors.Invalid(
                 f'volume {row.id} has {count} snapshots; delete them first, '
-                'or ask for cascade'
+                'or with it (--cascade)'
             )
         job_id, now = ids.new(), core.db.clock()
         if not row.backend:
@@ -211,8 +212,9 @@ def extend(
         row = rows.volume(session, caller, volume_id)
         if size_bytes <= row.size_bytes:
             raise errors.Invalid(
-                f'volume {row.id} has {row.size_bytes} bytes already; the '
-                f'new size, {size_bytes}, must be larger'
+                f'volume {row.id} has {sizes.exact(row.size_bytes)} '
+                f'already; the new size, {sizes.exact(size_bytes)}, must be '
+                'larger'
             )
         pool = rows.pool(session, row)
         rows.need_feature(pool, 'Resize', 'extend a volume')
@@ -226,15 +228,15 @@ def extend(
         more_bytes = placement.claim_bytes(found[0], wish) - row.claimed_bytes
         if size_bytes > pool.max_volume_bytes:
             raise errors.Invalid(
-                f'size {size_bytes} is over the pool\'s limit of '
-                f'{pool.max_volume_bytes} bytes; ask for less, or make a '
-                'larger volume in another pool and copy it there'
+                f'size {sizes.exact(size_bytes)} is over the pool\'s limit '
+                f'of {sizes.exact(pool.max_volume_bytes)}; ask for less, or '
+                'make a larger volume in another pool and copy it there'
             )
         if not claims.claim(session, found[0], more_bytes):
             raise errors.NoSpace(
                 f'pool {row.backend}#{row.pool} cannot promise '
-                f'{more_bytes} bytes more; delete something in it, add '
-                'storage, or raise its oversubscription'
+                f'{sizes.exact(more_bytes)} more; delete something in it, '
+                'add storage, or raise its oversubscription'
             )
         if online and row.status == 'in-use':
             rows.need_ability(pool, 'online_resize', (
@@ -349,6 +351,7 @@ def update(
 
     def accept(session: Session) -> models.Volume:
         row = rows.volume(session, caller, volume_id)
+        checks.renamed(row.name, values.get('name'))
         readonly = values.get('readonly', row.readonly)
         if readonly != row.readonly and not leases.move(
             session, models.Volume, row.id, {'available'}, readonly=readonly
