@@ -242,13 +242,23 @@ def load(
     """
     conf = cfg.ConfigOpts()
     register(conf)
-    conf(
-        list(argv), project='volume', prog='volume-service',
-        default_config_files=list(files) if files is not None else None,
-        default_config_dirs=[] if files is not None else None,
-    )
-    for path in conf.config_file:
-        _check_file(path, {'DEFAULT', 'api', *conf.enabled_backends})
+    try:
+        conf(
+            list(argv), project='volume', prog='volume-service',
+            default_config_files=list(files) if files is not None else None,
+            default_config_dirs=[] if files is not None else None,
+        )
+        for path in conf.config_file:
+            _check_file(path, {'DEFAULT', 'api', *conf.enabled_backends})
+    except cfg.ConfigFilesNotFoundError as missing:
+        raise cfg.Error(
+            f'configuration file {", ".join(missing.config_files)} does not '
+            'exist; give --config-file another one'
+        ) from None
+    except (OSError, UnicodeDecodeError) as failed:
+        raise cfg.Error(
+            f'the configuration cannot be read: {failed}'
+        ) from None
     _check_values(conf)
     return conf
 

@@ -39,6 +39,6 @@ def _mode(arguments: Sequence[str]) -> str:
     try:
         conf(list(arguments), project='volume', prog='volume-service')
         return str(conf.concurrency)
-    except cfg.Error:
+    except (cfg.Error, OSError, ValueError):
         # The service reads it again, and says what is wrong with it.
         return concurrency.THREADS

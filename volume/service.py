@@ -453,9 +453,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if service.address:
         print(f'volume-service: serving {service.address}/v3', flush=True)
-    while signals.wait() == signal.SIGHUP:
+    while (number := signals.wait()) == signal.SIGHUP:
         service.reload()
+    LOG.info(
+        'service %s was told to end (%s), and drains', conf.host,
+        signal.Signals(number).name,
+    )
     service.stop()
+    LOG.info('service %s has ended', conf.host)
     return 0
 
 

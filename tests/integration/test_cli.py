@@ -305,11 +305,22 @@ class Hosts(commands.Cli):
                 'attach', '--connection', '-', stdin=given,
                 url='unix:/nonexistent',
             ).stdout.strip())
+        said = connect('detach', '--connection', '-', stdin=info).stderr
+        self.assertTrue(said.startswith('volume-connect: '), said)
+        self.assertTrue(row['volume_id'] in said or row['id'] in said, said)
         connect('detach', name)
-        connect('attach', '--connection', '-', stdin=info, code=3)
+        said = connect('attach', '--connection', '-', stdin=info, code=3)
+        self.assertTrue(said.stderr.startswith('volume-connect: '), said)
         connect('attach', '--connection', '-', stdin='{}', code=2)
         connect('attach', '--connection', '/nonexistent', code=2)
         connect('attach', code=2)
+
+    def test_where_there_is_nothing_to_clean_that_is_said(self):
+        said = self.volume('clean', '--dry-run', module='volume.cli.connect')
+        self.assertEqual(
+            ('', 'volume-connect: there is nothing to clean\n'),
+            (said.stdout, said.stderr),
+        )
 
     def test_a_path_is_printed_where_the_exporter_gives_one(self):
         made = self.json(

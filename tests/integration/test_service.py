@@ -230,6 +230,26 @@ class Drains(ServiceCase):
         service = self.started()
         service.process.send_signal(signal.SIGTERM)
         self.assertEqual(0, service.process.wait(WAIT_S))
+        with open(service.log) as f:
+            *_, told, ended = f.read().splitlines()
+        self.assertIn('was told to end (SIGTERM), and drains', told)
+        self.assertTrue(ended.endswith(' has ended'), ended)
+
+    def test_a_configuration_that_is_not_there_is_one_line(self):
+        for path, said in (
+            ('/nonexistent/x', 'file /nonexistent/x does not exist'),
+            ('/', 'cannot be read'),
+        ):
+            for program in 'volume-service', 'volume-manage':
+                with self.subTest(program=program, path=path):
+                    done = subprocess.run(
+                        [f'{BIN}/{program}', '--config-file', path]
+                        + ['check'] * (program == 'volume-manage'),
+                        capture_output=True, text=True, timeout=WAIT_S,
+                    )
+                    self.assertEqual(1, done.returncode)
+                    self.assertEqual(1, done.stderr.count('\n'), done.stderr)
+                    self.assertIn(said, done.stderr)
 
 
 class Attached(ServiceCase):

@@ -12,8 +12,10 @@ import unittest
 
 from volume import ids
 from volume import sizes
+from volume.cli import connect
 from volume.cli import hostside
 from volume.cli import main
+from volume.cli import manage
 from volume.cli import meter
 from volume.cli import show
 from volume.cli import values
@@ -173,6 +175,13 @@ class Words(unittest.TestCase):
 
 
 class Help(unittest.TestCase):
+
+    def test_whatever_a_command_takes_has_a_word_of_help(self):
+        for make in main.make_parser, connect.make_parser, manage._parser:
+            for verb in verbs(make()):
+                for action in verb._actions:
+                    with self.subTest(verb=verb.prog, takes=action.dest):
+                        self.assertTrue(action.help)
 
     def test_every_verb_has_an_example_that_is_right(self):
         seen = 0

@@ -133,8 +133,13 @@ def detach(session: Session, args: argparse.Namespace) -> None:
         raise Usage('--host and --attachment are given; one is enough')
     kept = _kept(session)
     if args.connection:
-        kept.detach(*_given(args.connection))
-        show.note('it is detached from this host')
+        connection, attachment_id = _given(args.connection)
+        kept.detach(connection, attachment_id)
+        volume_id = connection.fields.get('volume_id')
+        show.note(
+            f'volume {volume_id} is detached from this host' if volume_id
+            else f'attachment {attachment_id} is ended on this host'
+        )
         return
     client = session.client
     volume_id = find.volume(client, args.volume)
@@ -303,7 +308,7 @@ def clean(session: Session, args: argparse.Namespace) -> int:
     """Let go of what no attachment answers to; say what must stay, and why.
     """
     kept = _kept(session)
-    left = 0
+    left = seen = 0
     notes = {note.attachment_id: note for note in kept.notes()}
     others = {
         note.attachment_id for note in notes.values()
@@ -314,6 +319,7 @@ def clean(session: Session, args: argparse.Namespace) -> int:
         if stray.attachment_id not in others and not _is_known(
             session, args, stray.attachment_id
         ):
+            seen += 1
             left += _clean_one(
                 args, f'{stray.protocol} {stray.attachment_id}: {stray.what}',
                 functools.partial(kept.reap, stray),
@@ -322,12 +328,15 @@ def clean(session: Session, args: argparse.Namespace) -> int:
         if _is_over(args, kept, note) and not (
             note.attachment_id in others or note.attachment_id in strays
         ) and not _is_known(session, args, note.attachment_id):
+            seen += 1
             left += _clean_one(
                 args, f'{note.connection.protocol} {note.attachment_id}: '
                 f'what was {note.state}', functools.partial(
                     kept.detach, note.connection, note.attachment_id
                 ),
             )
+    if not seen:
+        show.note('there is nothing to clean')
     return 1 if left else 0
 
 

@@ -64,6 +64,7 @@ def run(top: parser.Parser, argv: Sequence[str] | None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A name that this terminal cannot show is shown another way.
             stream.reconfigure(errors='backslashreplace')
+    show.speak_as(top.prog)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         '\n'.join(words).encode()

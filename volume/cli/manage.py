@@ -340,12 +340,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_format(command, argparse.SUPPRESS)
         return command
 
-    db = add('db', db_command, 'upgrade, downgrade, version, backup')
-    db.add_argument(
-        'action', choices=['upgrade', 'downgrade', 'version', 'backup']
-    )
-    db.add_argument('--to', dest='version', metavar='VERSION')
-    db.add_argument('--target', metavar='FILE', help='file of the backup')
+    _add_db(add('db', db_command, 'upgrade, downgrade, version, backup'))
     add('drivers', drivers_command, 'list the installed drivers')
     add('check', check_command, 'check the backends\' configuration')
     compare = add(
@@ -377,9 +372,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     manage_xensm.add_arguments(xensm)
     node = add('node', node_command, 'fence a dead node')
-    node.add_argument('action', choices=['fence', 'unfence'])
-    node.add_argument('node')
+    node.add_argument(
+        'action', choices=['fence', 'unfence'],
+        help='let others take over what it did, or let it come back',
+    )
+    node.add_argument('node', help='its host, as in "volume services"')
     return parser
+
+
+def _add_db(db: argparse.ArgumentParser) -> None:
+    db.add_argument(
+        'action', choices=['upgrade', 'downgrade', 'version', 'backup'],
+        help='bring it to this release\'s version or back to an earlier one, '
+             'say which it has, or copy it (SQLite)',
+    )
+    db.add_argument(
+        '--to', dest='version', metavar='VERSION',
+        help='the version to go to; upgrade goes to the newest without it',
+    )
+    db.add_argument('--target', metavar='FILE', help='file of the backup')
 
 
 def _add_format(parser: argparse.ArgumentParser, default: str) -> None:

@@ -42,7 +42,10 @@ class Known:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     command.add_argument('backend', help='section of the configuration')
-    command.add_argument('action', choices=['check'])
+    command.add_argument(
+        'action', choices=['check'],
+        help='see whether groups, metadata and database agree',
+    )
 
 
 def run(

@@ -288,7 +288,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     command.add_argument('backend', help='section of the configuration')
     command.add_argument(
-        'action', choices=['probe', 'repair', 'orphans', 'chains']
+        'action', choices=['probe', 'repair', 'orphans', 'chains'],
+        help='find what an SR can be made of, plug SRs in, list what '
+             'is nobody\'s, or list chains of disks',
     )
     command.add_argument(
         'words', nargs='*', metavar='TYPE KEY=VALUE',

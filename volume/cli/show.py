@@ -228,9 +228,18 @@ def done(thing: Json, sentence: str, format: str) -> None:
         one(thing, format)
 
 
+_speaker = 'volume'
+
+
+def speak_as(name: str) -> None:
+    """Say which command this process is."""
+    global _speaker
+    _speaker = name
+
+
 def note(message: str) -> None:
     """Tell a person something that is not the result."""
-    print(f'volume: {clean(message)}', file=sys.stderr, flush=True)
+    print(f'{_speaker}: {clean(message)}', file=sys.stderr, flush=True)
 
 
 def clean(value: object) -> str:
