@@ -171,11 +171,20 @@ class Reloads(ServiceCase):
     def test_a_file_that_is_wrong_changes_nothing(self):
         service = self.started()
         kept = self.make(service)
-        with open(service.conf_file, 'a') as f:
-            f.write('this is no option\n')
-        service.process.send_signal(signal.SIGHUP)
-        self.until(lambda: 'kept as it was' in service.tail())
-        self.assertEqual('available', service.volume(kept)['status'])
+        for count, wrong in enumerate((
+            b'this is no option\n', b'tags = \xff\n', None,
+        ), 1):
+            with self.subTest(wrong=wrong):
+                if wrong is None:
+                    os.unlink(service.conf_file)
+                    os.mkdir(service.conf_file)
+                else:
+                    with open(service.conf_file, 'ab') as f:
+                        f.write(wrong)
+                service.process.send_signal(signal.SIGHUP)
+                self.until(lambda count=count: service.tail().count(
+                    'kept as it was') == count)
+                self.assertEqual('available', service.volume(kept)['status'])
         self.make(service)
 
 
