@@ -432,6 +432,14 @@ class Mask(unittest.TestCase):
     def test_what_looks_like_a_secret_is_masked(self):
         for text in (
             'password=abc', 'PASSWORD: abc', 'api_token=abc', 'secret-key=abc',
+            '{"auth_password": "abc", "x": 1}', "{'key': 'abc', 'x': 1}",
+            '--key=abc', 'http://h/x?token=abc', '(secret: abc)', 'key:abc',
+            'x=1,key=abc', 'password:\nabc', '-opassword=abc and more',
+            # A path, and yet a secret.
+            '/v3/x?key=abc is wrong', '/x/key=abc is wrong', '/x/key:abc is',
+            '/x/key: abc', '/x/key: abc1 is wrong', '/x/key: aBc is wrong',
+            '/x/password: abc is wrong', '/x/y:key: abc is wrong',
+            '/x/key: is wrong, key: abc',
         ):
             self.assertNotIn('abc', nodes.mask(text), text)
 
@@ -439,8 +447,14 @@ class Mask(unittest.TestCase):
         self.assertEqual('x ***y', nodes.mask('x abcy', ['abc', '']))
 
     def test_other_words_stay(self):
-        text = 'no space left on /dev/sda'
-        self.assertEqual(text, nodes.mask(text))
+        for text in (
+            'no space left on /dev/sda',
+            'node admin@h: it refuses the key /x/other-key: add its public '
+            'half to authorized_keys of user admin there',
+            'open /x/node.key: No such file or directory',
+            'open /x/secrets/a_key: Permission denied',
+        ):
+            self.assertEqual(text, nodes.mask(text))
 
 
 class Threads(unittest.TestCase):
