@@ -329,6 +329,33 @@ class Differently(Access):
         )
         self.assertEqual(made.connection, again.connection)
 
+    def test_a_host_is_told_that_it_has_the_volume_itself(self):
+        made = attachments.create(
+            self.core, world.CALLER, self.volume_id, None, CONNECTOR
+        )
+        for host, said in (
+            ('compute-1', 'to this same host, compute-1, by'),
+            ('compute-2', 'to another host by'),
+        ):
+            with self.assertRaisesRegex(
+                errors.Invalid, f'{said} attachment {made.id}'
+            ):
+                attachments.create(
+                    self.core, world.CALLER, self.volume_id, None,
+                    {'host': host},
+                )
+
+    def test_a_volume_that_is_reserved_is_not_said_to_be_attached(self):
+        made = attachments.create(
+            self.core, world.CALLER, self.volume_id, None
+        )
+        with self.assertRaisesRegex(
+            errors.Invalid, f'is reserved by attachment {made.id}'
+        ):
+            attachments.create(
+                self.core, world.CALLER, self.volume_id, None, CONNECTOR
+            )
+
     def test_a_second_host_is_not_told_who_the_first_one_is(self):
         attachments.connect(
             self.core, world.CALLER, self.volume_id, CONNECTOR
