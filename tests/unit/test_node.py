@@ -457,6 +457,53 @@ class Mask(unittest.TestCase):
             self.assertEqual(text, nodes.mask(text))
 
 
+class Modules(unittest.TestCase):
+
+    def load(self, has_kmod):
+        commands = []
+
+        class Machine(nodes.Node):
+            def exists(self, path):
+                if path.endswith('/modprobe'):
+                    return has_kmod
+                return path == '/sys/module/is_there'
+
+            def run(self, *argv, **_):
+                commands.append(argv)
+                if not has_kmod:
+                    raise errors.Unavailable('modprobe is not installed')
+                raise nodes.CommandFailed(argv, 1, 'FATAL: Module not found')
+
+        node = Machine(fixtures.state_dir(self))
+        node.load_modules('is-there')
+        self.assertEqual([], commands)
+        with self.assertRaises(errors.Unsupported) as seen:
+            node.load_modules('is-there', 'not-there')
+        self.assertEqual([('modprobe', '-a', 'not-there')], commands)
+        self.assertIn(
+            f'machine {socket.gethostname()} ', str(seen.exception)
+        )
+        self.assertIn(' module not-there of the kernel', str(seen.exception))
+        return str(seen.exception)
+
+    def test_machine_without_kmod_is_told_to_install_it_and_for_what(self):
+        self.assertIn('install kmod', self.load(has_kmod=False))
+
+    def test_kernel_without_the_module_is_said_to_be_that(self):
+        self.assertIn('install a kernel', self.load(has_kmod=True))
+
+    def test_node_that_does_not_answer_is_no_missing_program(self):
+        class Silent(nodes.Node):
+            def exists(self, path):
+                return path.endswith('/modprobe')
+
+            def run(self, *argv, **_):
+                raise errors.Unavailable('the node does not answer')
+
+        with self.assertRaisesRegex(errors.Unavailable, 'not answer'):
+            Silent(fixtures.state_dir(self)).load_modules('not-there')
+
+
 class Threads(unittest.TestCase):
 
     def test_commands_run_side_by_side(self):
