@@ -421,7 +421,7 @@ class Node:
 
         The lock lives as long as the last process that inherited it. Whoever
         asks has the lease already, so a holder that is left is a stalled
-        predecessor or its orphan: it is killed after ``grace_s``, and waited
+        predecessor or its orphan: it is ended after ``grace_s``, and waited
         for. A node that others share as well calls ``prove``, which raises
         if the lease is lost, before it takes anything from anyone.
 

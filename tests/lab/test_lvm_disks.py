@@ -125,7 +125,6 @@ class DisksTest(SmallCase, unittest.TestCase):
             lambda: made.delete(volume),
             lambda: made.disown(volume),
             lambda: made.snapshot(snapshot),
-            lambda: made.resize(volume, 9 * MIB),
         ):
             with self.assertRaisesRegex(errors.Busy, 'locked'):
                 deed()
