@@ -56,8 +56,11 @@ ENVIRONMENT = {
 }
 WRAPPERS = ('setpriv', 'prlimit')
 NOT_INSTALLED = re.compile(r'(setpriv|prlimit): failed to execute')
+# By whole words. The path of a file called as a key, and then what is said of
+# it, is no secret: two plain words in a row, of which one alone would go.
 SECRET = re.compile(
-    r'(?i)((?:password|passwd|secret|token|key)\S*?[=:]\s*)\S+'
+    r'(?i)(?<!\S)(?!/[^\s=:]*key: (?-i:[A-Z]?[a-z]+ [a-z]))'
+    r'(\S*?(?:password|passwd|secret|token|key)\S*?[=:]\s*)\S+'
 )
 
 
