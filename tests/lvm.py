@@ -59,6 +59,7 @@ class World:
         self.hangs = False  # the layer of the thin pool
         self.has_group = True
         self.signatures = []  # of disks that are in no group
+        self.users = []  # of the same
         self.held = None  # the root of the pool's metadata snapshot
         self.metadata_percent = self.data_percent = 10.0
         if has_pool:
@@ -491,6 +492,11 @@ class Machine:
 
     def open(self, path, mode='rb'):
         return super().open(self._there(path), mode)
+
+    def users(self, path, known=()):
+        if path == '/dev/sim':
+            return self.act('users sim', lambda: self.world.users)
+        return super().users(path, known)
 
     def about(self, path):
         """Of a device all that counts is which one it is."""

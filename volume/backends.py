@@ -213,7 +213,38 @@ def _load(
         # Hosts reach such a storage by themselves.
         if not issubclass(driver, base.NativeAccess):
             made.exporter = exporter(group, node)
+            _refuse_mismatch(group, made.driver, exporter, exporters)
     return made
+
+
+def _refuse_mismatch(
+    group: Any, driver: base.Driver, exporter: Any, exporters: dict[str, Any]
+) -> None:
+    """Refuse an exporter that can read no volume which the driver makes."""
+    if _reads(exporter, driver):
+        return
+    fitting = sorted(
+        name for name, each in exporters.items() if _reads(each, driver)
+    )
+    if fitting:
+        raise errors.Invalid(
+            f'exporter {group.exporter} reads {_listed(exporter.forms)}, and '
+            f'driver {group.driver} has '
+            f'{_listed(getattr(driver, "forms", ())) or "no paths"}: use '
+            f'exporter {" or ".join(fitting)}'
+        )
+
+
+def _reads(exporter: Any, driver: base.Driver) -> bool:
+    if exporter.accepts_blocknode and isinstance(driver, base.BlockNode):
+        return True
+    return isinstance(driver, base.LocalDevice) and not (
+        driver.forms.isdisjoint(exporter.forms)
+    )
+
+
+def _listed(forms: Iterable[model.Form]) -> str:
+    return ' and '.join(form.value for form in model.Form if form in forms)
 
 
 def _place(group: Any, node: Node, driver: Any, exporter: Any) -> Node:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from volume import concurrency
+from volume import endings
 from volume import errors
 
 # What the operating system says, and what it means to our caller.
@@ -55,8 +56,11 @@ ENVIRONMENT = {
 }
 WRAPPERS = ('setpriv', 'prlimit')
 NOT_INSTALLED = re.compile(r'(setpriv|prlimit): failed to execute')
+# By whole words. The path of a file called as a key, and then what is said of
+# it, is no secret: two plain words in a row, of which one alone would go.
 SECRET = re.compile(
-    r'(?i)((?:password|passwd|secret|token|key)\S*?[=:]\s*)\S+'
+    r'(?i)(?<!\S)(?!/[^\s=:]*key: (?-i:[A-Z]?[a-z]+ [a-z]))'
+    r'(\S*?(?:password|passwd|secret|token|key)\S*?[=:]\s*)\S+'
 )
 
 
@@ -84,10 +88,13 @@ class CommandFailed(errors.Unknown):
     """A command ended with an exit code other than zero.
 
     A driver maps it by a table; unmapped it counts as ``Unknown``.
+    ``is_ended`` says that somebody has ended it: that tells nothing about
+    what it worked on.
     """
 
     def __init__(self, argv: Sequence[str], code: int, stderr: str) -> None:
         self.code = code
+        self.is_ended = code in (-signal.SIGTERM, -signal.SIGKILL)
         self.stderr = stderr
         last = stderr.strip().splitlines()[-1:] or ['it said nothing']
         how = f'failed with code {code}' if code >= 0 else (
@@ -236,13 +243,14 @@ def _await(
 
 
 def _is_ended(child: subprocess.Popen[bytes]) -> bool:
-    """Kill it with all that it has started; say whether it is gone.
+    """End it with all that it has started; say whether it is gone.
 
     What waits for a dead disk lives on, and keeps the locks that it has
     inherited: nobody works beside it. Our caller must not wait as long.
     """
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    endings.end_group(
+        child.pid, [pipe for pipe in (child.stdout, child.stderr) if pipe]
+    )
     try:
         child.wait(KILLED_S)
     except subprocess.TimeoutExpired:

@@ -12,21 +12,22 @@ import contextlib
 import fcntl
 import os
 import pwd
+import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from volume import concurrency
 from volume import errors
+from volume.endings import TERM_S
 
 WAIT_S = 10.0
+LOOK_S = 0.1
+"""Between two looks at who holds a lock, which take a while."""
+FLAGS = re.compile(r'^flags:\s*([0-7]+)$', re.MULTILINE)
 
-
-def end_holders(path: str) -> None:
-    """End every other process that holds a lock."""
-    for pid in _holders(path):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+MayEnd = Callable[[], AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
@@ -36,14 +37,15 @@ def hold(
     shared: Sequence[str],
     wait_s: float = WAIT_S,
     grace_s: float = 0.0,
-    end: Callable[[str], None] = end_holders,
+    may_end: MayEnd = contextlib.nullcontext,
 ) -> Iterator[tuple[int, ...]]:
     """Hold the locks of all names, taken in order; yield the descriptors.
 
     Another process that holds one is ended, after ``grace_s``: a neighbour
-    that has just ended its job is about to let go by itself.
+    that has just ended its job is about to let go by itself. ``may_end`` is
+    entered whenever somebody is to be ended, and raises if nobody may be.
 
-    :raises Unavailable: a holder could not be ended
+    :raises Unavailable: a holder could not be ended, ``wait_s`` after that
     """
     os.makedirs(directory, 0o700, exist_ok=True)
     modes = {name: fcntl.LOCK_SH for name in shared}
@@ -51,8 +53,8 @@ def hold(
     with contextlib.ExitStack() as stack:
         yield tuple(
             _take(
-                stack, os.path.join(directory, name), modes[name], wait_s,
-                grace_s, end,
+                stack, modes[name], wait_s, grace_s,
+                _Holders(os.path.join(directory, name), may_end),
             )
             for name in sorted(modes)
         )
@@ -116,28 +118,62 @@ def check_owner(directory: str) -> None:
     )
 
 
+class _Holders:
+    """Who keeps us waiting for a lock, and is to end.
+
+    A command is asked first, and finishes what it has in hand: we wait, and
+    begin nothing beside it. Whoever has taken the lock himself is a service
+    or an agent, whose time is over: he is killed at once, and so is what is
+    stopped, as it would never hear.
+    """
+
+    def __init__(self, path: str, may_end: MayEnd) -> None:
+        self.path = path
+        self._may_end = may_end
+        self._looked_at = -LOOK_S
+        self._asked: dict[int, float] = {}
+
+    def end(self) -> None:
+        """Ask those that were not asked, and kill those that had time."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        with self._may_end():
+            for pid, has_inherited in _holders(self.path).items():
+                with contextlib.suppress(OSError):
+                    asked_at = self._asked.get(pid)
+                    if not has_inherited or _is_stopped(pid) or (
+                        asked_at is not None and now - asked_at >= TERM_S
+                    ):
+                        os.kill(pid, signal.SIGKILL)
+                    elif asked_at is None:
+                        self._asked[pid] = now
+                        os.kill(pid, signal.SIGTERM)
+
+
 def _take(
     stack: contextlib.ExitStack,
-    path: str,
     mode: int,
     wait_s: float,
     grace_s: float,
-    end: Callable[[str], None],
+    holders: _Holders,
 ) -> int:
-    started = time.monotonic()
-    deadline = started + wait_s
+    path = holders.path
+    grace_ends_at = time.monotonic() + grace_s
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, mode | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > grace_ends_at + wait_s:
                 raise errors.Unavailable(
-                    f'{path} is still locked by {_holders(path)}'
+                    f'{path} is still locked by {_told(_holders(path))}'
                 ) from None
-            if time.monotonic() - started >= grace_s:
-                concurrency.blocking(lambda: end(path))
+            if now >= grace_ends_at:
+                concurrency.blocking(holders.end)
             time.sleep(0.01)
             continue
         if _is_current(fd, path):
@@ -156,26 +192,36 @@ def _is_current(fd: int, path: str) -> bool:
     return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
 
-def _holders(path: str) -> list[int]:
+def _holders(path: str) -> dict[int, bool]:
     """Return the processes other than this one that hold the lock.
 
-    Who has the file open without holding it is a neighbour that waits, too.
+    And whether each has inherited it. Who has the file open without holding
+    it is a neighbour that waits, too.
     """
     target = os.path.realpath(path)
-    found = []
+    found: dict[int, bool] = {}
     for pid in filter(str.isdigit, os.listdir('/proc')):
         if int(pid) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             for fd in os.listdir(f'/proc/{pid}/fd'):
-                if os.readlink(f'/proc/{pid}/fd/{fd}') == target and (
-                    _has_lock(f'/proc/{pid}/fdinfo/{fd}')
-                ):
-                    found.append(int(pid))
-                    break
+                if os.readlink(f'/proc/{pid}/fd/{fd}') != target:
+                    continue
+                with open(f'/proc/{pid}/fdinfo/{fd}', encoding='utf-8') as f:
+                    text = f.read()
+                if 'FLOCK' in text:
+                    # What is inherited has survived an exec.
+                    found[int(pid)] = found.get(int(pid), True) and not (
+                        int(FLAGS.findall(text)[0], 8) & os.O_CLOEXEC
+                    )
     return found
 
 
-def _has_lock(fdinfo: str) -> bool:
-    with open(fdinfo, encoding='utf-8') as f:
-        return 'FLOCK' in f.read()
+def _is_stopped(pid: int) -> bool:
+    with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as f:
+        return f.read().rpartition(')')[2].split()[0] in 'Tt'
+
+
+def _told(holders: Mapping[int, bool]) -> str:
+    pids = ', '.join(map(str, holders))
+    return f'process {pids}' if pids else 'another job of this process'

@@ -98,6 +98,14 @@ class Found:
     is_torn: bool = False
 
 
+class Form(enum.Enum):
+    """What a path of this node holds a volume in."""
+
+    BLOCK = 'raw block devices'
+    FILE = 'raw files'
+    IMAGE = 'images of another format'
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Device:
     """A path on this node through which a volume can be read and written.
@@ -109,6 +117,12 @@ class Device:
     path: str
     is_block: bool
     format: str = 'raw'
+
+    @property
+    def form(self) -> Form:
+        if self.format != 'raw':
+            return Form.IMAGE
+        return Form.BLOCK if self.is_block else Form.FILE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Concatenate, ParamSpec, TYPE_CHECKING, TypeVar
@@ -310,6 +311,35 @@ class Node:
 
     # The kernel's settings, daemons and lasting processes.
 
+    def load_modules(self, *modules: str) -> None:
+        """Have modules of the kernel; those that are there are not loaded.
+
+        :raises Unsupported: it has none such, or nothing can load it
+        """
+        missing = [
+            each for each in modules
+            if not self.exists(f'/sys/module/{each.replace("-", "_")}')
+        ]
+        if not missing:
+            return
+        what = f'module {", ".join(missing)} of the kernel'
+        where = f'machine {self.address or socket.gethostname()}'
+        try:
+            self.run('modprobe', '-a', *missing)
+        except CommandFailed as failed:
+            raise errors.Unsupported(
+                f'{where} cannot load {what} ({failed}): install a kernel '
+                'that has it; in a container, load it outside'
+            ) from failed
+        except errors.Unavailable as failed:
+            places = ENVIRONMENT['PATH'].split(':')
+            if any(self.exists(f'{each}/modprobe') for each in places):
+                raise
+            raise errors.Unsupported(
+                f'{where} has no modprobe to load {what} with: install kmod '
+                'there; in a container, load it outside'
+            ) from failed
+
     def configure(self, wanted: Sequence[Op]) -> Sequence[ops.Result]:
         """Do small operations on configfs or sysfs, in order.
 
@@ -391,7 +421,7 @@ class Node:
 
         The lock lives as long as the last process that inherited it. Whoever
         asks has the lease already, so a holder that is left is a stalled
-        predecessor or its orphan: it is killed after ``grace_s``, and waited
+        predecessor or its orphan: it is ended after ``grace_s``, and waited
         for. A node that others share as well calls ``prove``, which raises
         if the lease is lost, before it takes anything from anyone.
 

@@ -14,6 +14,7 @@ from volume import errors
 from volume import identity
 from volume import ids
 from volume import model
+from volume.exports import tgt_daemon
 from volume.exports import tgt_listing
 from volume.exports.base import Export
 from volume.exports.tgt import TgtExporter
@@ -480,6 +481,74 @@ class PortalsTest(Case):
         with self.assertRaisesRegex(errors.Unavailable, self.portal):
             exporter.check()
         self.assertTrue(Daemon(node, '', 1).is_gone())
+
+    def test_backends_that_cannot_listen_are_all_down_and_say_why(self):
+        node = fixtures.make_node(self)
+        exporters = [
+            tgt.make_exporter(self, node, [self.portal]) for _ in range(3)
+        ]
+        for _ in range(3):
+            with concurrent.futures.ThreadPoolExecutor(3) as threads:
+                results = [threads.submit(each.check) for each in exporters]
+            for result in results:
+                with self.assertRaisesRegex(
+                    errors.Unavailable,
+                    f'cannot listen on {self.portal}.*already in use',
+                ):
+                    result.result()
+        self.assertTrue(Daemon(node, '', 1).is_gone())
+
+    def test_backend_that_cannot_listen_ends_no_other_s_daemon(self):
+        node = fixtures.make_node(self)
+        deaf = tgt.make_exporter(self, node, [self.portal])
+        other = tgt.make_exporter(self, node, [tgt.free_portal()])
+        for _ in range(3):
+            tgt.end(node)
+            with concurrent.futures.ThreadPoolExecutor(2) as threads:
+                results = [
+                    threads.submit(each.check) for each in (deaf, other)
+                ]
+            with self.assertRaisesRegex(errors.Unavailable, 'already in use'):
+                results[0].result()
+            results[1].result()
+            self.assertEqual(set(), other.exported())
+            self.assertFalse(Daemon(node, '', 1).is_gone())
+
+
+class UnwrittenTest(Case):
+    """The service died between starting the daemon and writing it down."""
+
+    def setUp(self):
+        super().setUp()
+        self.process = Daemon(self.node, '', 1)._record()
+        Daemon(self.node, '', 1)._keep(tgt_daemon.UNKNOWN)
+
+    def test_daemon_nobody_wrote_down_is_written_down_when_it_is_found(self):
+        self.exporter.check()
+        self.assertEqual(
+            self.process, Daemon(self.node, '', 1)._written()
+        )
+
+    def test_daemon_nobody_wrote_down_ends_with_a_fenced_service(self):
+        connection = self.exporter.export(self.wanted())
+        self.exporter.abandon()
+        self.assert_refused(connection)
+        self.assertFalse(self.node.is_running(self.process))
+
+    def test_daemon_that_cannot_be_told_from_others_is_said_to_go_on(self):
+        class Hidden(Node):
+            def read(self, path, *args):
+                if path.endswith('/environ'):
+                    raise errors.Invalid('permission denied')
+                return super().read(path, *args)
+
+        exporter = TgtExporter(
+            tgt.settings([self.portal]), Hidden(self.node.state_dir)
+        )
+        with self.assertRaisesRegex(errors.Unknown, 'end it'):
+            exporter.abandon()
+        self.kill()
+        exporter.abandon()
 
 
 class CountTest(Case):

@@ -43,6 +43,7 @@ class SlowDisk:
         self.test, self.disk = test, case.disk(number)
         test.guest.run('modprobe', 'dm-delay')
         self._dmsetup('create', 0)
+        test.guest.run('wipefs', '-qaf', self.path)
 
     def delay(self, delay_ms):
         self._dmsetup('reload', delay_ms)
@@ -122,14 +123,11 @@ class DisksTest(SmallCase, unittest.TestCase):
         self.lvm('pvmove', '-b', '-i', '1', '-n', name, old, slow.path)
         snapshot = model.Snapshot(ids.new(), volume, volume.size_bytes)
         for deed in (
-            lambda: made.delete(volume),
             lambda: made.disown(volume),
             lambda: made.snapshot(snapshot),
-            lambda: made.resize(volume, 9 * MIB),
         ):
             with self.assertRaisesRegex(errors.Busy, 'locked'):
                 deed()
-        path = self.map(made, volume)
         self.assertEqual(8 * MIB, self.count(path, OWN))
         slow.delay(0)
         self.fill(path, OTHER, 2, 3)

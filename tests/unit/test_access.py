@@ -13,7 +13,9 @@ from volume import ids
 from volume import model
 from volume import periodic
 from volume.db import models
+from volume.drivers.file import FileDriver
 from volume.exports.base import Export
+from volume.exports.local import LocalExporter
 from volume.testing import fixtures
 from volume.verbs import attachments
 from volume.verbs import volumes
@@ -151,6 +153,51 @@ class Strangers(Access):
             ))
         self.assertEqual({export_id}, strangers)
         self.assertEqual({export_id}, self.reachable())
+
+
+class Paths(LocalExporter):
+    """Serves what the driver has mapped, and no block nodes."""
+
+    accepts_blocknode = False
+
+
+class Mapping(FileDriver):
+    """Says which paths it was asked to take away."""
+
+    def __init__(self, conf, node):
+        super().__init__(conf, node)
+        self.unmapped = []
+
+    def unmap(self, volume):
+        self.unmapped.append(volume.id)
+        super().unmap(volume)
+
+
+class Mapped(Access):
+    """What the driver has mapped is the path of all attachments."""
+
+    wish = volumes.NewVolume(size_bytes=1 << 20, multiattach=True)
+
+    def test_path_is_not_taken_away_before_the_last_host_has_gone(self):
+        backend = self.world.backends['b']
+        backend.driver = Mapping(backend.conf, backend.node)
+        backend.driver.check()
+        backend.exporter = Paths(backend.conf, backend.node)
+        made = []
+        for host in 'one', 'two', 'two':
+            made.append(attachments.create(
+                self.core, world.CALLER, self.volume_id, ids.new(),
+                {'host': host},
+            ))
+            attachments.complete(self.core, world.CALLER, made[-1].id)
+        reserved = attachments.create(
+            self.core, world.CALLER, self.volume_id, ids.new()
+        )
+        for each in made:
+            self.assertEqual([], backend.driver.unmapped)
+            attachments.delete(self.core, world.CALLER, each.id)
+        self.assertEqual([self.volume_id], backend.driver.unmapped)
+        attachments.delete(self.core, world.CALLER, reserved.id)
 
 
 class TwiceOnOneHost(Access):
@@ -328,6 +375,33 @@ class Differently(Access):
             self.core, world.CALLER, made.id, CONNECTOR
         )
         self.assertEqual(made.connection, again.connection)
+
+    def test_a_host_is_told_that_it_has_the_volume_itself(self):
+        made = attachments.create(
+            self.core, world.CALLER, self.volume_id, None, CONNECTOR
+        )
+        for host, said in (
+            ('compute-1', 'to this same host, compute-1, by'),
+            ('compute-2', 'to another host by'),
+        ):
+            with self.assertRaisesRegex(
+                errors.Invalid, f'{said} attachment {made.id}'
+            ):
+                attachments.create(
+                    self.core, world.CALLER, self.volume_id, None,
+                    {'host': host},
+                )
+
+    def test_a_volume_that_is_reserved_is_not_said_to_be_attached(self):
+        made = attachments.create(
+            self.core, world.CALLER, self.volume_id, None
+        )
+        with self.assertRaisesRegex(
+            errors.Invalid, f'is reserved by attachment {made.id}'
+        ):
+            attachments.create(
+                self.core, world.CALLER, self.volume_id, None, CONNECTOR
+            )
 
     def test_a_second_host_is_not_told_who_the_first_one_is(self):
         attachments.connect(

@@ -14,6 +14,12 @@ from volume.node import Node
 from volume.testing import fixtures
 
 FAR = 'directories = /x\niscsi_portals = 192.0.2.1\n'
+# All that exporters have to be told, and a place where nothing can be.
+WAYS = (
+    'iscsi_portals = 192.0.2.1\nnvme_portals = 192.0.2.1\n'
+    'nfs_address = 192.0.2.1\naoe_interface = lo\naoe_shelves = 1-2\n'
+    'directories = /dev/null/pool\n'
+)
 
 
 class Sections(unittest.TestCase):
@@ -58,6 +64,36 @@ class Sections(unittest.TestCase):
         self.assertIn("exporter 'pigeon'", self.down(
             '[bad]\ndriver = file\ndirectories = /x\nexporter = pigeon'
         ))
+
+    def test_an_exporter_that_reads_nothing_of_the_driver_is_refused(self):
+        for driver, exporter, gives in (
+            ('qcow', 'tgt', 'images'), ('qcow', 'lio', 'images'),
+            ('qcow', 'aoe', 'images'), ('qcow', 'nfs', 'images'),
+            ('qcow', 'nvmet', 'images'), ('file', 'nvmet', 'raw files'),
+            ('qcow\nformat = raw', 'nvmet', 'raw files'),
+        ):
+            with self.subTest(driver, exporter=exporter):
+                reason = self.down(
+                    f'[bad]\ndriver = {driver}\nexporter = {exporter}\n{WAYS}'
+                )
+                self.assertRegex(reason, (
+                    rf'section \[bad\]: exporter {exporter} reads raw .*, '
+                    rf'and driver \w+ has {gives}.*: use exporter .*nbd'
+                ))
+
+    def test_an_exporter_that_reads_what_the_driver_gives_is_taken(self):
+        for driver, exporter in (
+            ('qcow', 'nbd'), ('qcow', 'local'), ('qcow\nformat = raw', 'tgt'),
+            ('file', 'tgt'), ('file', 'lio'), ('file', 'nfs'),
+            ('lvm\nvolume_groups = g', 'nvmet'), ('noop\npools = p', 'tgt'),
+            ('rbd\npools = p', 'tgt'),
+        ):
+            with self.subTest(driver, exporter=exporter):
+                found = self.load(
+                    f'[b]\ndriver = {driver}\nexporter = {exporter}\n{WAYS}',
+                    'b',
+                )
+                self.assertIsNotNone(found['b'].driver, found['b'].reason)
 
     def test_a_required_option_that_is_missing_is_named(self):
         self.assertIn(

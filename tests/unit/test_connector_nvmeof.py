@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How NVMe sees a disk grow; a tree of files stands for the kernel."""
+"""What an NVMe host asks of its kernel; a tree of files stands for that."""
 
 import os
 import unittest
@@ -7,6 +7,7 @@ import unittest
 from volume import errors
 from volume import ids
 from volume import model
+from volume.cli import codes
 from volume.connector import nvme_host
 from volume.connector.nvmeof import NvmeConnector
 from volume.machine import ops
@@ -58,6 +59,31 @@ class HostNode(Node):
             ops.run(ops.Op(op.verb, self.here(op.path), op.text))
             for op in wanted
         ]
+
+
+class Bare(Node):
+    """A host without kmod, whose kernel has not loaded anything."""
+
+    def exists(self, path):
+        return False
+
+    def run(self, *argv, **_):
+        raise errors.Unavailable(f'{argv[0]} is not installed')
+
+
+class Connecting(unittest.TestCase):
+
+    def test_host_without_the_module_is_told_what_to_install_for_it(self):
+        with self.assertRaisesRegex(
+            errors.Unsupported, 'nvme-tcp.*install kmod'
+        ) as seen:
+            nvme_host.connect(
+                Bare(fixtures.state_dir(self)), NQN,
+                nvme_host.Portal('192.0.2.1', '4420'),
+                nvme_host.Identity('nqn.2014-08.org.example:host'),
+            )
+        # The service answers: to ask again is of no use.
+        self.assertEqual(codes.FAILED, codes.of(seen.exception))
 
 
 class Growing(unittest.TestCase):

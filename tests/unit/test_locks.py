@@ -22,14 +22,24 @@ TOP = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 SERVICE = textwrap.dedent('''
     import sys, threading
     from volume.node import Node
-    state_dir, heartbeat = sys.argv[1:]
+    state_dir, heartbeat, heeds = sys.argv[1:]
     helper = """
-    import os, sys, time
+    import os, signal, sys, time
+    def heed(number, frame):
+        with open(sys.argv[1], "a") as f:
+            f.write(" asked")
+        time.sleep(0.1)
+        if {heeds}:
+            with open(sys.argv[1], "a") as f:
+                f.write(" finished")
+            os._exit(0)
+    signal.signal(signal.SIGTERM, heed)
     f = open(sys.argv[1], "w")
     f.write(str(os.getpid()))
     f.flush()
-    time.sleep(600)
-    """.replace("\\n    ", "\\n")
+    while True:
+        time.sleep(600)
+    """.replace("{heeds}", heeds)
     node = Node(state_dir)
     with node.hold(exclusive=["v1"]):
         node.run(sys.executable, "-c", helper, heartbeat, timeout_s=600)
@@ -50,6 +60,36 @@ class Holding(unittest.TestCase):
         self.assertTrue(is_running(helper), 'the helper must outlive it')
         with self.node.hold(exclusive=['v1']):
             self.assertFalse(is_running(helper))
+
+    def test_helper_finishes_before_the_next_owner_begins(self):
+        service, _ = self.start_service()
+        service.kill()
+        with self.node.hold(exclusive=['v1']):
+            self.assertEqual(['asked', 'finished'], self.said())
+
+    def test_helper_that_heeds_nothing_is_killed(self):
+        service, helper = self.start_service(heeds=False)
+        service.kill()
+        with self.node.hold(exclusive=['v1']):
+            self.assertFalse(is_running(helper))
+            self.assertEqual(['asked'], self.said())
+
+    def test_who_is_given_time_is_given_it_before_the_wait(self):
+        inside = threading.Event()
+
+        def work():
+            with locks.hold(self.directory, ['v1'], ()):
+                inside.set()
+                time.sleep(0.2)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        self.addCleanup(thread.join)
+        inside.wait(60)
+        with locks.hold(
+            self.directory, ['v1'], (), wait_s=0.05, grace_s=60.0
+        ):
+            pass
 
     def test_stopped_service_is_ended_by_the_next_owner(self):
         service, helper = self.start_service()
@@ -87,10 +127,15 @@ class Holding(unittest.TestCase):
             self.assertTrue(is_running(helper))
         self.assertIsNone(service.poll())
 
-    def start_service(self):
+    def said(self):
+        """Return what the helper has told after its pid."""
+        return read(os.path.join(self.node.state_dir, 'heartbeat')).split()[1:]
+
+    def start_service(self, heeds=True):
         heartbeat = os.path.join(self.node.state_dir, 'heartbeat')
         service = subprocess.Popen(
-            [sys.executable, '-c', SERVICE, self.node.state_dir, heartbeat],
+            [sys.executable, '-c', SERVICE, self.node.state_dir, heartbeat,
+             str(heeds)],
             cwd=TOP, stderr=subprocess.DEVNULL,
         )
         self.addCleanup(service.wait)

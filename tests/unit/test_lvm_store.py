@@ -119,6 +119,10 @@ class ThinTest(Case):
             self.make_driver(**wanted)
         self.assertFalse(self.world.has_group)
         self.world.signatures = []
+        self.world.users = ['qemu (pid 7)']
+        with self.assertRaisesRegex(errors.Invalid, 'in use by qemu'):
+            self.make_driver(**wanted)
+        self.world.users = []
         with self.assertRaisesRegex(errors.Unavailable, 'no volume group'):
             self.make_driver()
         for _ in range(2):

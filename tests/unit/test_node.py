@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door to the machine: commands within limits, files that are durable."""
 
+import concurrent.futures
+import contextvars
 import errno
 import fcntl
 import os
@@ -108,15 +110,23 @@ class Command(unittest.TestCase):
         token = nodes.held.set((lock,))
         self.addCleanup(nodes.held.reset, token)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for watch, words in (
-            (None, 'stat did not end within 0.5 s; stat was killed and has'),
-            (cancels, 'a person wants it; stat was killed and has'),
-        ):
-            with self.assertRaisesRegex(errors.Unknown, words):
-                self.node.run(
-                    'stat', disk.path, watch=watch,
-                    timeout_s=60 if watch else 0.5,
+        def stat(watch):
+            self.node.run(
+                'stat', disk.path, watch=watch,
+                timeout_s=60 if watch else 0.5,
+            )
+
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            pending = [
+                (threads.submit(contextvars.copy_context().run, stat, watch),
+                 words) for watch, words in (
+                    (None, 'stat did not end within 0.5 s; stat was killed'),
+                    (cancels, 'a person wants it; stat was killed and has'),
                 )
+            ]
+            for future, words in pending:
+                with self.assertRaisesRegex(errors.Unknown, words):
+                    future.result(60)
         # Nobody can work beside it; and once it is free, it is reaped.
         os.close(lock)
         with open(path) as another:
@@ -432,6 +442,14 @@ class Mask(unittest.TestCase):
     def test_what_looks_like_a_secret_is_masked(self):
         for text in (
             'password=abc', 'PASSWORD: abc', 'api_token=abc', 'secret-key=abc',
+            '{"auth_password": "abc", "x": 1}', "{'key': 'abc', 'x': 1}",
+            '--key=abc', 'http://h/x?token=abc', '(secret: abc)', 'key:abc',
+            'x=1,key=abc', 'password:\nabc', '-opassword=abc and more',
+            # A path, and yet a secret.
+            '/v3/x?key=abc is wrong', '/x/key=abc is wrong', '/x/key:abc is',
+            '/x/key: abc', '/x/key: abc1 is wrong', '/x/key: aBc is wrong',
+            '/x/password: abc is wrong', '/x/y:key: abc is wrong',
+            '/x/key: is wrong, key: abc',
         ):
             self.assertNotIn('abc', nodes.mask(text), text)
 
@@ -439,8 +457,61 @@ class Mask(unittest.TestCase):
         self.assertEqual('x ***y', nodes.mask('x abcy', ['abc', '']))
 
     def test_other_words_stay(self):
-        text = 'no space left on /dev/sda'
-        self.assertEqual(text, nodes.mask(text))
+        for text in (
+            'no space left on /dev/sda',
+            'node admin@h: it refuses the key /x/other-key: add its public '
+            'half to authorized_keys of user admin there',
+            'open /x/node.key: No such file or directory',
+            'open /x/secrets/a_key: Permission denied',
+        ):
+            self.assertEqual(text, nodes.mask(text))
+
+
+class Modules(unittest.TestCase):
+
+    def load(self, has_kmod):
+        commands = []
+
+        class Machine(nodes.Node):
+            def exists(self, path):
+                if path.endswith('/modprobe'):
+                    return has_kmod
+                return path == '/sys/module/is_there'
+
+            def run(self, *argv, **_):
+                commands.append(argv)
+                if not has_kmod:
+                    raise errors.Unavailable('modprobe is not installed')
+                raise nodes.CommandFailed(argv, 1, 'FATAL: Module not found')
+
+        node = Machine(fixtures.state_dir(self))
+        node.load_modules('is-there')
+        self.assertEqual([], commands)
+        with self.assertRaises(errors.Unsupported) as seen:
+            node.load_modules('is-there', 'not-there')
+        self.assertEqual([('modprobe', '-a', 'not-there')], commands)
+        self.assertIn(
+            f'machine {socket.gethostname()} ', str(seen.exception)
+        )
+        self.assertIn(' module not-there of the kernel', str(seen.exception))
+        return str(seen.exception)
+
+    def test_machine_without_kmod_is_told_to_install_it_and_for_what(self):
+        self.assertIn('install kmod', self.load(has_kmod=False))
+
+    def test_kernel_without_the_module_is_said_to_be_that(self):
+        self.assertIn('install a kernel', self.load(has_kmod=True))
+
+    def test_node_that_does_not_answer_is_no_missing_program(self):
+        class Silent(nodes.Node):
+            def exists(self, path):
+                return path.endswith('/modprobe')
+
+            def run(self, *argv, **_):
+                raise errors.Unavailable('the node does not answer')
+
+        with self.assertRaisesRegex(errors.Unavailable, 'not answer'):
+            Silent(fixtures.state_dir(self)).load_modules('not-there')
 
 
 class Threads(unittest.TestCase):

@@ -19,18 +19,19 @@ from volume.machine import users
 LOOK = 'import sys; from volume.machine import users; ' \
        'print(*users.users(sys.argv[1], [*map(int, sys.argv[2:])]), ' \
        'sep="\\n")'
-HOLD = 'import sys; f = open(sys.argv[1], "rb"); print("open", flush=True); ' \
-       'sys.stdin.read()'
+HOLD = 'import sys; f = open(sys.argv[1], "rb"); ' \
+       'sys.argv[2:] and open("/proc/self/comm", "w").write(sys.argv[2]); ' \
+       'print("open", flush=True); sys.stdin.read()'
 WAIT_S = 30
 
 
 class UsersTest(unittest.TestCase):
 
     @contextlib.contextmanager
-    def held(self, path: str) -> Iterator[str]:
+    def held(self, path: str, *name: str) -> Iterator[str]:
         """Have a process hold it open; yield how that is called."""
         with subprocess.Popen(
-            [sys.executable, '-c', HOLD, path],
+            [sys.executable, '-c', HOLD, path, *name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         ) as child:
             assert child.stdout
@@ -62,6 +63,13 @@ class UsersTest(unittest.TestCase):
 
     def unmount(self, directory: str) -> None:
         ctypes.CDLL(None).umount2(directory.encode(), hung.DETACH)
+
+    def test_who_looks_for_labels_on_all_disks_is_no_user(self) -> None:
+        path = self.device()
+        with self.held(path, 'pvs') as looks, self.held(path, 'dd') as user:
+            found = ' '.join(users.users(path))
+        self.assertIn(user, found)
+        self.assertNotIn(looks, found)
 
     def test_dead_server_of_a_stranger_keeps_nobody_waiting(self) -> None:
         with tempfile.NamedTemporaryFile() as f:

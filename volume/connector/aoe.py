@@ -50,7 +50,7 @@ class AoeConnector(Connector):
         name, path = _names(connection)
         volume_id = str(connection.fields.get('volume_id', ''))
         if not self.node.exists(MODULE):
-            self.node.run('modprobe', 'aoe')
+            self.node.load_modules('aoe')
         if self.node.exists(path):
             # Perhaps of a volume that had this address before.
             self.node.run('aoe-revalidate', name)

@@ -118,10 +118,10 @@ def connect(
 
     :raises Denied: the subsystem does not let this host in, or is not there
     :raises Unavailable: the portal does not answer
+    :raises Unsupported: the kernel of this host has no NVMe over TCP
     """
     if not node.exists(FABRICS):
-        with contextlib.suppress(CommandFailed):
-            node.run('modprobe', 'nvme-tcp')
+        node.load_modules('nvme-tcp')
     argv = [
         'nvme', 'connect', '--transport=tcp', f'--nqn={nqn}',
         f'--traddr={portal.address}', f'--trsvcid={portal.port}',

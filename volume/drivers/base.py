@@ -173,6 +173,9 @@ class LocalDevice(abc.ABC):
     Have this if the storage is local, or if this node can attach it.
     """
 
+    forms: frozenset[model.Form] = frozenset(model.Form)
+    """In which forms the volumes that it makes come, as the options say."""
+
     @abc.abstractmethod
     def map(
         self, volume: model.Volume, access: model.Access

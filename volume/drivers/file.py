@@ -54,6 +54,7 @@ class FileDriver(
     """Sparse raw files in directories of this node."""
 
     may_be_remote = True
+    forms = frozenset({model.Form.FILE})
     options = (
         cfg.ListOpt(
             'directories', required=True,

@@ -96,6 +96,7 @@ class QcowDriver(
     def __init__(self, conf: Any, node: Node) -> None:
         self.conf = conf
         self.node = node
+        self.forms = qcow_layers.forms(conf.format)
         self._pools = {
             pool.name: pool for pool in (
                 PoolDirectory(

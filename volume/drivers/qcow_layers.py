@@ -59,6 +59,12 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
+def forms(format_name: str) -> frozenset[model.Form]:
+    """Return in which forms the volumes of a format come."""
+    driver = FORMATS[format_name].driver
+    return frozenset({model.Device('', False, driver).form})
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
     """What a layer says of itself; ``backing`` is another layer's name."""

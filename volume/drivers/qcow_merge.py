@@ -28,7 +28,6 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import signal
 from collections.abc import Iterator
 
 from volume import errors
@@ -224,7 +223,7 @@ def _heal(pool: PoolDirectory, name: str) -> None:
             pool.layer_path(name), timeout_s=TIME_MAX_S,
         )
     except CommandFailed as failed:
-        if failed.code == -signal.SIGKILL:
+        if failed.is_ended:
             raise
         raise errors.Corrupt(
             f'layer {name} of pool {pool.name} is damaged and is not merged '
@@ -240,7 +239,7 @@ def _ended() -> Iterator[list[bool]]:
     except (errors.Busy, errors.NotFound):
         return
     except CommandFailed as failed:
-        if failed.code != -signal.SIGKILL:
+        if not failed.is_ended:
             raise
 
 

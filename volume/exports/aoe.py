@@ -96,6 +96,9 @@ class AoeExporter(Exporter):
 
     options: ClassVar[tuple[cfg.Opt, ...]] = OPTIONS
     outlives_service: ClassVar[bool] = True
+    forms: ClassVar[frozenset[model.Form]] = frozenset({
+        model.Form.BLOCK, model.Form.FILE,
+    })
     abilities: ClassVar[model.Abilities] = model.Abilities(
         auth=('mac',), remote_node=True,
     )

@@ -57,6 +57,8 @@ class Exporter(abc.ABC):
 
     options: ClassVar[tuple[cfg.Opt, ...]] = ()
     accepts_blocknode: ClassVar[bool] = False
+    forms: ClassVar[frozenset[model.Form]] = frozenset(model.Form)
+    """Which paths it can read; a driver that has no such is no match."""
     outlives_service: ClassVar[bool] = True
     is_shared: bool = False
     """Whether every service of the node sees the same exports (those of its

@@ -24,7 +24,6 @@ from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.machine.ops import Op
 from volume.machine.ops import Result
-from volume.node import CommandFailed
 from volume.node import Node
 
 LOG = logging.getLogger(__name__)
@@ -165,11 +164,10 @@ class ConfigfsExporter(Exporter, Generic[T]):
         :raises Unavailable: it has none
         """
         try:
-            self.node.run('modprobe', '-a', *self.modules)
-        except CommandFailed as failed:
+            self.node.load_modules(*self.modules)
+        except errors.Unsupported as failed:
             raise errors.Unavailable(
-                f'the kernel of the node has no such target ({failed}): '
-                'install one with the modules ' + ', '.join(self.modules)
+                f'the node cannot be such a target: {failed}'
             ) from failed
 
     def names(self) -> Names:

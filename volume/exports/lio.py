@@ -41,6 +41,9 @@ class LioExporter(ConfigfsExporter[Target]):
     """iSCSI targets of the node's kernel; they outlive our service."""
 
     options = iscsi.OPTIONS
+    forms: ClassVar[frozenset[model.Form]] = frozenset({
+        model.Form.BLOCK, model.Form.FILE,
+    })
     abilities: ClassVar[Abilities] = Abilities(
         auth=('chap', 'mutual-chap', 'initiator'), multi_portal=True,
         online_resize=True, remote_node=True,

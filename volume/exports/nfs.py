@@ -68,6 +68,7 @@ class NfsExporter(Exporter):
 
     options: ClassVar[tuple[cfg.Opt, ...]] = OPTIONS
     outlives_service: ClassVar[bool] = True
+    forms: ClassVar[frozenset[model.Form]] = frozenset({model.Form.FILE})
     abilities: ClassVar[model.Abilities] = model.Abilities(
         auth=('address',), remote_node=True,
     )

@@ -71,6 +71,7 @@ class NvmetExporter(ConfigfsExporter[Subsystem]):
     )
     # The kernel's namespaces know no "read only", and open what they serve
     # for writing. As a host, it takes no namespace whose UUID it has already.
+    forms: ClassVar[frozenset[model.Form]] = frozenset({model.Form.BLOCK})
     abilities: ClassVar[Abilities] = Abilities(
         auth=('initiator',), read_only=False, twice_per_host=False,
         multi_portal=True, online_resize=True, remote_node=True,

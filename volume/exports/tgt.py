@@ -67,6 +67,9 @@ class TgtExporter(Exporter):
 
     options: ClassVar[tuple[cfg.Opt, ...]] = (*iscsi.OPTIONS, *OPTIONS)
     accepts_blocknode: ClassVar[bool] = False
+    forms: ClassVar[frozenset[model.Form]] = frozenset({
+        model.Form.BLOCK, model.Form.FILE,
+    })
     outlives_service: ClassVar[bool] = True
     abilities: ClassVar[model.Abilities] = model.Abilities(
         auth=('chap', 'mutual-chap', 'initiator'), multi_attach=False,

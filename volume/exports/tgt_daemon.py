@@ -13,11 +13,16 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import threading
 import time
+import weakref
 
 from volume import errors
 from volume.exports.portals import Portal
+from volume.exports.tgt_wire import Refused
 from volume.exports.tgt_wire import Tgtd
+from volume.machine import processes
 from volume.node import Node
 from volume.node import Process
 
@@ -30,8 +35,15 @@ LOG_BYTES_MAX = 1 << 20
 # flight, after four such pauses. Until then its export cannot end.
 NOP_S, NOP_COUNT = 5, 3
 LOCKS = '/proc/locks'
+PORTAL_FAILED = re.compile(r'iscsi_tcp_init_portal\(\d+\) (.*)')
 LOCKED = 'another tgtd is using'
 UNKNOWN = Process(0, '')  # one may run, and it is not known which
+
+# Of the backends that share a daemon, one looks after it at a time: what one
+# of them has started and finds useless, no other takes for its own.
+_turns: weakref.WeakKeyDictionary[Node, threading.Lock]
+_turns = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
 
 
 class Daemon:
@@ -59,13 +71,16 @@ class Daemon:
             self._check_portals(self.tgtd.portals(), wanted)
             return
         self._check_path()
-        try:
-            there = self.tgtd.portals()
-        except errors.Unavailable:
-            self._start(portals)
-            return
-        for portal in sorted(wanted - there):
-            self.tgtd.new_portal(portal)
+        with _guard:
+            turn = _turns.setdefault(self._node, threading.Lock())
+        with turn:
+            try:
+                there = self.tgtd.portals()
+            except errors.Unavailable:
+                there = self._start(portals)
+            else:
+                self._write_down()
+            self._listen(wanted - there)
         if wanted - there:
             self._check_portals(self.tgtd.portals(), wanted)
 
@@ -82,11 +97,24 @@ class Daemon:
         return record != UNKNOWN and not self._node.is_running(record)
 
     def stop(self) -> None:
-        """End our own one with everything that it exports."""
+        """End our own one with everything that it exports.
+
+        :raises Unavailable: it does not end
+        :raises Unknown: it runs, and nobody can see which process it is
+        """
         record = self._record()
-        if self._is_ours and record and record != UNKNOWN:
-            # It ignores the polite signal while it has targets.
-            self._node.end(record, timeout_s=0.0)
+        if not self._is_ours or record is None:
+            return
+        if record == UNKNOWN:
+            with contextlib.suppress(errors.Unavailable):
+                self.tgtd.portals()
+                raise errors.Unknown(
+                    f'the {PROGRAM} of {self._socket} runs, and it cannot be '
+                    'seen which process that is: end it'
+                )
+            return
+        # It ignores the polite signal while it has targets.
+        self._node.end(record, timeout_s=0.0)
 
     # Ours alone.
 
@@ -94,8 +122,11 @@ class Daemon:
     def _base(self) -> str:
         return os.path.join(self._directory, 'socket')
 
-    def _start(self, portals: tuple[Portal, ...]) -> None:
-        """Start one, or wait for the one that somebody else has started."""
+    def _start(self, portals: tuple[Portal, ...]) -> set[str]:
+        """Start one, or wait for the one that somebody else has started.
+
+        Return where it listens.
+        """
         self._node.make_directory(self._directory)
         process = self._record()
         if (
@@ -108,17 +139,30 @@ class Daemon:
             process = self._node.start(self._argv(portals), self._log)
         there = self._await(process)
         if not self._has_lock(process):
-            return  # another process of the service was quicker
+            return there  # another process of the service was quicker
         self._keep(process)
         wanted = {str(portal) for portal in portals}
         if there != wanted:
             # One that could not listen where it was told to listens on all
             # addresses of the machine instead.
             self._node.end(process, timeout_s=0.0)
-            missing = ', '.join(sorted(wanted - there)) or 'no more'
-            raise errors.Unavailable(
-                f'{PROGRAM} cannot listen on {missing}: {self._said()}'
-            )
+            raise self._deaf(', '.join(sorted(wanted - there)) or 'no more')
+        return there
+
+    def _listen(self, portals: set[str]) -> None:
+        """Have one that runs listen there as well."""
+        for portal in sorted(portals):
+            try:
+                self.tgtd.new_portal(portal)
+            except Refused as refused:
+                raise self._deaf(portal) from refused
+
+    def _deaf(self, where: str) -> errors.Unavailable:
+        said = PORTAL_FAILED.findall(self._log_text())
+        return errors.Unavailable(
+            f'{PROGRAM} cannot listen on {where}: '
+            f'{said[-1] if said else self._said()}'
+        )
 
     def _argv(self, portals: tuple[Portal, ...]) -> list[str]:
         return [
@@ -162,12 +206,31 @@ class Daemon:
 
         One that was too late may not have ended yet.
         """
+        return process.pid in self._with_locks()
+
+    def _with_locks(self) -> set[int]:
+        """Return which processes have locks as the daemon has one."""
         locks = self._node.read(LOCKS, LOG_BYTES_MAX * 2).decode()
-        return any(
-            line.split()[1:5] == ['POSIX', 'ADVISORY', 'WRITE',
-                                  str(process.pid)]
-            for line in locks.splitlines()
-        )
+        return {
+            int(fields[4]) for fields in map(str.split, locks.splitlines())
+            if fields[1:4] == ['POSIX', 'ADVISORY', 'WRITE']
+        }
+
+    def _holder(self) -> Process | None:
+        """Return our own one, found among all processes, if it runs."""
+        ours = f'TGT_IPC_SOCKET={self._base}'.encode()
+        for pid in sorted(self._with_locks()):
+            # One that has ended meanwhile, or is another user's, is not it.
+            with contextlib.suppress(errors.VolumeError):
+                words = self._node.read(f'/proc/{pid}/environ')
+                if ours in words.split(b'\0'):
+                    return Process(pid, processes.start_of(
+                        self._node.read(processes.BOOT_ID).decode(),
+                        self._node.read(f'/proc/{pid}/stat').decode(
+                            errors='replace'
+                        ),
+                    ))
+        return None
 
     def _check_path(self) -> None:
         if len(os.fsencode(self._socket)) > SOCKET_PATH_BYTES_MAX:
@@ -193,12 +256,15 @@ class Daemon:
             self._node.rename(self._log, f'{self._log}.old')
 
     def _said(self) -> str:
+        lines = self._log_text().splitlines()
+        return lines[-1] if lines else f'it said nothing; see {self._log}'
+
+    def _log_text(self) -> str:
         try:
             said = self._node.read(self._log, LOG_BYTES_MAX * 2)
         except errors.VolumeError:
-            return f'see {self._log}'
-        lines = said.decode(errors='replace').splitlines()
-        return lines[-1] if lines else 'it said nothing'
+            return ''
+        return said.decode(errors='replace')
 
     @property
     def _log(self) -> str:
@@ -209,6 +275,19 @@ class Daemon:
         return os.path.join(self._directory, 'daemon.json')
 
     def _record(self) -> Process | None:
+        """Return the process that is ours, or that it is ``UNKNOWN``."""
+        record = self._written()
+        if record == UNKNOWN:
+            # The service died, or was killed, before it could write it down.
+            return self._holder() or UNKNOWN
+        return record
+
+    def _write_down(self) -> None:
+        """Keep which process it is that answers, if nobody has yet."""
+        if self._written() == UNKNOWN and (process := self._holder()):
+            self._keep(process)
+
+    def _written(self) -> Process | None:
         try:
             found = json.loads(self._node.read(self._note))
             return Process(int(found['pid']), str(found['started']))

@@ -166,12 +166,12 @@ def disconnect(job: Job) -> Effect:
 def _unmap(job: Job) -> None:
     """Take the volume's path away, if that was made for the export.
 
-    While another attachment or a reader has it open it stays; that it stays
-    harms nobody, so nothing fails for it.
+    While another attachment is there it stays, and while a reader has it
+    open; that it stays harms nobody, so nothing fails for it.
     """
     driver, exporter = job.backend.need(), job.backend.exporter
     if exporter is None or not isinstance(driver, base.LocalDevice) or (
-        exporter.accepts_blocknode
+        exporter.accepts_blocknode or _hosts_left(job)
     ):
         return
     try:
@@ -442,27 +442,26 @@ def _unexport(
     with job.backend.guard('unexport'):
         if isinstance(driver, base.NativeAccess):
             host = checks.host_of(connector)
-            if not _stays(job, attachment_id, host.name):
+            # The storage knows hosts and no attachments: it would end both.
+            if host.name not in _hosts_left(job, attachment_id):
                 driver.revoke(job.volume(), host)
         else:
             _exporter(job).unexport(attachment_id)
 
 
-def _stays(job: Job, attachment_id: str, host: str) -> bool:
-    """Say whether the host has the volume by another attachment as well.
-
-    The storage knows hosts and no attachments: it would end both.
-    """
+def _hosts_left(job: Job, *ending: str) -> set[str]:
+    """Return which hosts have the volume by attachments that do not end."""
     row, table = job.volume_row(), models.Attachment
     if not row.multiattach:
-        return False
-    ending = {attachment_id}
-    ending.update(each for each, _ in job.args.get('attachments', ()))
-    return bool(job.db.read(lambda s: s.scalars(
-        select(table.id).where(
-            table.volume_id == row.id, table.host == host,
-            table.is_connected, table.id.not_in(ending),
-        ).limit(1)
+        return set()
+    all_ending = {
+        *ending, *(each for each, _ in job.args.get('attachments', ()))
+    }
+    return set(job.db.read(lambda s: s.scalars(
+        select(table.host).where(
+            table.volume_id == row.id, table.is_connected,
+            table.id.not_in(all_ending),
+        )
     ).all()))
 
 

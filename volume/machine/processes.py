@@ -117,16 +117,25 @@ def _ends(fd: int, wait_s: float) -> bool:
         return bool(selector.select(wait_s))
 
 
+def start_of(boot_id: str, stat: str) -> str:
+    """Return what ``Process.started`` is, by what the kernel says of it."""
+    return f'{boot_id.strip()} {_fields(stat)[19]}'
+
+
 def _started(pid: int) -> str:
     with open(BOOT_ID, encoding='ascii') as f:
-        return f'{f.read().strip()} {_fields(pid)[19]}'
+        return start_of(f.read(), _stat(pid))
 
 
 def _state(pid: int) -> str:
-    return _fields(pid)[0]
+    return _fields(_stat(pid))[0]
 
 
-def _fields(pid: int) -> list[str]:
+def _stat(pid: int) -> str:
     with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as f:
-        # Its name may have anything in it, up to the last bracket.
-        return f.read().rpartition(')')[2].split()
+        return f.read()
+
+
+def _fields(stat: str) -> list[str]:
+    # Its name may have anything in it, up to the last bracket.
+    return stat.rpartition(')')[2].split()

@@ -20,6 +20,8 @@ from volume.machine.mounts import Mounts
 # They keep devices open, or look into them, and use no byte of them.
 WATCHERS = frozenset({
     'multipathd', 'systemd-udevd', '(udev-worker)', 'iscsid',
+    # LVM and udev look for labels on every disk, and wait for dead ones.
+    'pvs', 'pvscan', 'vgs', 'lvs', 'blkid',
 })
 BLOCK = '/sys/dev/block'
 SHOWN_MAX = 8

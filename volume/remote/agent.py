@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from volume import errors
+from volume.commands import KILLED_S
+from volume.endings import TERM_S
 from volume.machine.opened import Opened
 from volume.node import held
 from volume.node import Node
@@ -39,7 +41,7 @@ from volume.remote.tickets import Turn
 
 STATE_PATH = '/var/lib/volume-node'
 THREADS_MAX = 64
-END_S = 5.0
+END_S = TERM_S + KILLED_S + 1.0  # for all commands to be ended
 SWEEP_S = 86400.0
 FILE_VERBS = {
     'size': 'size', 'pread_into': 'read', 'pwrite': 'write',
@@ -65,6 +67,7 @@ class Request:
         self.options: dict[str, Any] = header.get('options', {})
         self.holds: list[int] = header.get('holds', [])
         self.payload = payload
+        self.is_begun = False
         self.is_cancelled = False
         for value, kind in (
             (self.id, int), (self.do, str), (self.args, list),
@@ -85,8 +88,9 @@ class AgentNode(Node):
     def __init__(self, state_dir: str, is_over: threading.Event) -> None:
         super().__init__(state_dir)
         self._is_over = is_over
-        # The kernel's own belt, should this process be killed.
-        self._belt = ['setpriv', '--pdeathsig=KILL'] if (
+        # The kernel's own belt, should this process be killed. Whoever wants
+        # the lock kills what does not heed it.
+        self._belt = ['setpriv', '--pdeathsig=TERM'] if (
             shutil.which('setpriv')
         ) else []
 
@@ -189,42 +193,73 @@ class Agent:
                 _, stack = self._turns.pop(number, (None, None))
             if stack is not None:
                 stack.close()
-        elif waiting := self._requests.get(number):
-            waiting.is_cancelled = True
+        else:
+            self._cancel(number)
+
+    def _cancel(self, number: int) -> None:
+        """End what is under way; what waits for a thread never begins."""
+        with self._guard:
+            request = self._requests.get(number)
+            if request is None or request.is_cancelled:
+                return
+            request.is_cancelled = True
+        if not request.is_begun:
+            self._send({
+                'id': number, 'error': 'Unavailable',
+                'message': 'it was cancelled before the node began it: '
+                'nothing was done',
+            })
 
     def _help(self) -> None:
         while True:
             request = self._work.get()
-            try:
+            if self._begin(request):
                 contextvars.copy_context().run(self._answer, request)
-            finally:
-                with self._guard:
-                    self._requests.pop(request.id, None)
-                    self._idle += 1
-                del request  # its bytes must not wait for the next one
+            with self._guard:
+                self._requests.pop(request.id, None)
+                self._idle += 1
+            del request  # its bytes must not wait for the next one
+
+    def _begin(self, request: Request) -> bool:
+        with self._guard:
+            request.is_begun = not request.is_cancelled
+            return request.is_begun
 
     def _answer(self, request: Request) -> None:
+        """Do it and answer, whatever comes: somebody waits for the answer."""
         current.set(request)
         try:
             self._check_turns(request)
-            result, payload = wire.encode(self._do(request))
+            self._give(request, *wire.encode(self._do(request)))
         except errors.VolumeError as failed:
             self._send({'id': request.id, **wire.tell(failed)})
-            return
         except Exception as bug:
-            traceback.print_exc()
             self._send({
                 'id': request.id, 'error': 'Unknown',
                 'message': f'the agent failed in {request.do:.40}: '
                 f'{type(bug).__name__}',
             })
-            return
+            _say(traceback.format_exc())
+
+    def _give(self, request: Request, result: Any, payload: Any) -> None:
+        """Send the answer, in parts.
+
+        :raises Invalid: it is too large to send, and nothing was changed
+        :raises Unknown: it is too large to send
+        """
         view = memoryview(payload).cast('B')
         while len(view) > wire.PART_BYTES:
             self._send({'id': request.id, 'part': True},
                        view[:wire.PART_BYTES])
             view = view[wire.PART_BYTES:]
-        self._send({'id': request.id, 'result': result}, view)
+        try:
+            self._send({'id': request.id, 'result': result}, view)
+        except errors.Invalid as large:
+            if request.do in wire.QUESTIONS:
+                raise
+            raise errors.Unknown(
+                f'{request.do} was done, but its answer is lost: {large}'
+            ) from large
 
     def _check_turns(self, request: Request) -> None:
         """Refuse what is asked under a lock that is another's by now."""
@@ -417,8 +452,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(words: str) -> None:
     """Tell whoever reads what ssh prints."""
-    sys.stderr.write(f'{words}\n')
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f'{words}\n')
+        sys.stderr.flush()
 
 
 if __name__ == '__main__':

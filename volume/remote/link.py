@@ -175,7 +175,8 @@ class Link:
         ``watch`` is called while it waits; what it raises cancels the
         request, and is raised when that has ended.
 
-        :raises Unavailable: it was not sent; nothing happened
+        :raises Unavailable: it was not sent, or given up before it was
+            begun; nothing happened
         :raises Unknown: it was sent, and there is no answer
         """
         header: wire.Header = {'do': do, 'args': args}
@@ -186,12 +187,20 @@ class Link:
         call = Call(bytes_max)
         with self._slots:
             number = self._send(call, header, payload)
+            is_late = True
             try:
-                self._await(call, number, do, timeout_s, watch)
+                is_late = not self._hears(call, timeout_s, watch)
             finally:
+                if is_late:
+                    self._give_up(call, number, do)
                 with self._guard:
                     self._calls.pop(number, None)
         told = call.header
+        if is_late and not (told and told.get('error') == 'Unavailable'):
+            raise errors.Unknown(
+                f'node {self.name} did not answer within {timeout_s:g} s '
+                f'when it was to {do}'
+            )
         if told is None:
             if do in wire.QUESTIONS:
                 raise errors.Unavailable(f'node {self.name}: {self._lost}')
@@ -241,38 +250,46 @@ class Link:
                 ) from failed
         return number
 
-    def _await(
+    def _hears(
         self,
         call: Call,
-        number: int,
-        do: str,
         timeout_s: float,
         watch: Callable[[float], None] | None,
-    ) -> None:
+    ) -> bool:
+        """Wait for the answer, and say whether it came in time."""
         deadline = time.monotonic() + timeout_s
         while not call.event.wait(
             min(TICK_S if watch else timeout_s,
                 max(deadline - time.monotonic(), 0.0))
         ):
-            try:
-                if time.monotonic() >= deadline:
-                    raise errors.Unknown(
-                        f'node {self.name} did not answer within '
-                        f'{timeout_s:g} s when it was to {do}'
-                    )
-                if watch:
-                    watch(call.percent)
-            except BaseException:
-                self._cancel(call, number)
-                raise
+            if time.monotonic() >= deadline:
+                return False
+            if watch:
+                watch(call.percent)
         if watch and call.header and 'error' not in call.header:
             watch(call.percent)
+        return True
 
-    def _cancel(self, call: Call, number: int) -> None:
-        """Have a request ended; without an answer, the connection is."""
-        self.post('cancel', number)
-        if not call.event.wait(CANCEL_S):
-            self._lose('it did not end what was cancelled')
+    def _give_up(self, call: Call, number: int, do: str) -> None:
+        """Have a request ended; without an answer, the connection is.
+
+        What it has brought all the same is given back: nobody knows of it.
+        """
+        if not call.event.is_set():
+            self.post('cancel', number)
+            is_answered = False
+            try:
+                is_answered = call.event.wait(CANCEL_S)
+            finally:
+                if not is_answered:
+                    self._lose('it did not end what was cancelled')
+        told = call.header
+        if do in wire.OPPOSITES and told and told.get('result') is not None:
+            found = told['result']
+            self.post(
+                wire.OPPOSITES[do],
+                found[0] if isinstance(found, list) else found,
+            )
 
     # What comes back.
 

@@ -22,6 +22,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from volume import errors
 from volume.commands import CommandFailed
 from volume.commands import mask
+from volume.locks import WAIT_S
 from volume.machine import ops
 from volume.machine.opened import Opened
 from volume.node import Node
@@ -39,7 +40,6 @@ P = ParamSpec('P')
 
 PAUSE_S = 2.0  # after a connection that could not be made
 HOLD_TRIES = 10
-LOCK_S = 10.0  # how long the agent waits for a lock
 READ_SLACK_BYTES = 64 << 10
 
 
@@ -237,7 +237,7 @@ class SshNode(Node):
     ) -> _Hold:
         """Take the locks, by tickets that were seen before the proof."""
         link = self._connected()
-        timeout_s = grace_s + LOCK_S * (len(wanted) + 1) + SLACK_S
+        timeout_s = (grace_s + WAIT_S) * len(wanted) + SLACK_S
         for _ in range(HOLD_TRIES):
             seen, _ = self.act(
                 'look at locks', lambda: link.call('tickets', wanted)

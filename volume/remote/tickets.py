@@ -64,18 +64,19 @@ class Tickets:
             for name in exclusive:
                 ours[name] = self._write(name, ids.new())
 
-        def end_holders(path: str) -> None:
+        @contextlib.contextmanager
+        def may_end() -> Iterator[None]:
             # A later owner takes his ticket first, and cannot while we look:
             # so nobody who holds the lock here came after us.
             with self._mutex():
                 self._check(ours)
                 check()
-                locks.end_holders(path)
+                yield
 
         shared = sorted(seen.keys() - set(exclusive))
         with locks.hold(
             self.directory, exclusive, shared, grace_s=grace_s,
-            end=end_holders,
+            may_end=may_end,
         ) as descriptors:
             turn = Turn(dict(zip(sorted(ours), descriptors, strict=True)),
                         ours)

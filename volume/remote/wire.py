@@ -38,6 +38,7 @@ HEADER_BYTES_MAX = 8 << 20
 PAYLOAD_BYTES_MAX = 4 << 20
 PART_BYTES = 1 << 20
 STDERR_BYTES_MAX = 64 << 10
+MESSAGE_CHARS_MAX = 16 << 10
 REQUESTS_MAX = 256
 """Begun and not answered; a service has fewer, an agent refuses more."""
 
@@ -67,6 +68,9 @@ QUESTIONS = frozenset({
 })
 """What changes nothing: without its answer nothing has happened."""
 
+OPPOSITES: Mapping[str, str] = {'hold': 'release', 'open': 'file.close'}
+"""What gives back the number that a request was answered with."""
+
 Header = dict[str, Any]
 
 
@@ -83,9 +87,9 @@ def pack(header: Header, payload: Any = b'') -> tuple[bytes, memoryview]:
     view = memoryview(payload).cast('B')
     if len(data) > HEADER_BYTES_MAX or len(view) > PAYLOAD_BYTES_MAX:
         raise errors.Invalid(
-            f'a request of {len(data)} and {len(view)} bytes is too large '
-            f'for the node: {HEADER_BYTES_MAX} and {PAYLOAD_BYTES_MAX} are '
-            'the most'
+            f'a message of {len(data)} and {len(view)} bytes is too large '
+            f'for the connection to a node: {HEADER_BYTES_MAX} and '
+            f'{PAYLOAD_BYTES_MAX} are the most'
         )
     return LENGTHS.pack(len(data), len(view)) + data, view
 
@@ -153,7 +157,9 @@ def decode(verb: str, result: Any, payload: bytearray) -> Any:
 
 def tell(failed: errors.VolumeError) -> Header:
     """Return an error as an answer has it."""
-    told: Header = {'error': failed.kind, 'message': str(failed)}
+    told: Header = {
+        'error': failed.kind, 'message': str(failed)[:MESSAGE_CHARS_MAX],
+    }
     if isinstance(failed, CommandFailed):
         told['code'] = failed.code
         told['stderr'] = failed.stderr[-STDERR_BYTES_MAX:]

@@ -139,6 +139,17 @@ class ExporterSuite(ExporterBench):
         self.exporter.check()
         self.assertEqual(self.image, self.read(connection))
 
+    def test_what_it_reads_is_what_it_says_that_it_reads(self) -> None:
+        if isinstance(self.source, model.Device):
+            self.assertIn(self.source.form, self.exporter.forms)
+        for form in set(model.Form) - self.exporter.forms:
+            device = model.Device(
+                '/nowhere', form is model.Form.BLOCK,
+                'qcow2' if form is model.Form.IMAGE else 'raw',
+            )
+            with self.assertRaises(errors.Unsupported):
+                self.export(self.attachment(), device)
+
     def test_options_are_explained_in_one_sentence(self) -> None:
         for option in type(self.exporter).options:
             first = (option.help or '').splitlines()[:1]

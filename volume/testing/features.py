@@ -323,6 +323,7 @@ class FeatureClaims(workbench.Workbench):
         driver = self.need(base.LocalDevice)
         volume = self.volume(seed=1)
         device = driver.map(volume, model.Access.READ)
+        self.assertIn(device.form, driver.forms)
         try:
             if device.format != 'raw':
                 self.skipTest(f'only QEMU reads {device.format}')

@@ -71,21 +71,31 @@ def need_room(
     row: models.Volume,
     there: list[models.Attachment],
     mine: models.Attachment | None,
+    host: str,
 ) -> None:
-    """Refuse a second host, unless the volume is for several.
+    """Refuse a second attachment, unless the volume is for several.
 
-    :raises Invalid: another host has it
+    :raises Invalid: it has another one
     """
     if row.multiattach:
         return
     for other in there:
         if other is not mine:
-            # Which host that is, is not for everybody.
             raise errors.Invalid(
-                f'volume {row.id} is attached to '
-                f'{other.instance_uuid or "another host"} by attachment '
+                f'volume {row.id} is {_taken(other, host)} by attachment '
                 f'{other.id}, and is not multi-attach'
             )
+
+
+def _taken(other: models.Attachment, host: str) -> str:
+    # Which host another one is, is not for everybody.
+    if other.instance_uuid:
+        return f'attached to {other.instance_uuid}'
+    if not other.host:
+        return 'reserved'
+    if other.host == host:
+        return f'attached to this same host, {host},'
+    return 'attached to another host'
 
 
 def need_same(mine: models.Attachment, host: str, mode: str) -> None:

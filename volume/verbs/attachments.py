@@ -128,7 +128,7 @@ def connect(
             with_secrets and credentials.secret_keys(mine.connection)
         ):
             return None, row, mine
-        access.need_room(row, there, mine)
+        access.need_room(row, there, mine, host)
         way = access.way(session, row, there, mine, mode, host)
         job_id = ids.new()
         # What a host can reach is not available to anybody else's verb.
@@ -406,7 +406,7 @@ def create(
 
     def accept(session: Session) -> models.Attachment:
         row, there = access.with_attachments(session, caller, volume_id)
-        access.need_room(row, there, None)
+        access.need_room(row, there, None, properties.get('host', ''))
         status = 'attaching' if properties else 'reserved'
         moved = access.try_move(
             session, core, caller, volume_id, {'available', 'in-use'},

@@ -29,6 +29,7 @@ class LvmDriver(
     """Logical volumes in volume groups of this node, thick or thin."""
 
     options = options.OPTIONS
+    forms = frozenset({model.Form.BLOCK})
     may_be_remote = True
 
     def __init__(self, conf: Any, node: Node) -> None:

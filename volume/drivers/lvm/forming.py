@@ -78,3 +78,9 @@ def _refuse_used(group: Group, path: str) -> None:
             'of a device that is in use; wipe it yourself if you are sure '
             '(wipefs --all)'
         )
+    # A guest may have it raw.
+    if users := group.node.users(path):
+        raise errors.Invalid(
+            f'devices: {path} is in use by {", ".join(users):.300}: nothing '
+            'is made of it'
+        )

@@ -126,7 +126,9 @@ class Store(abc.ABC):
 
     @contextlib.contextmanager
     def reader(self, source: Thing) -> Iterator[base.Reader]:
-        with generic.file_reader(self.node, self.open(source)) as reader:
+        with generic.file_reader(
+            self.node, self.open(source), is_mapped=True
+        ) as reader:
             yield reader
 
     @contextlib.contextmanager
@@ -134,7 +136,9 @@ class Store(abc.ABC):
         lv = self.need(self.group.about(volume.id), volume)
         self.group.refuse_open(lv, 'fill')
         path = self.group.activate(lv)
-        with generic.file_writer(self.node, path, lv.size_bytes) as writer:
+        with generic.file_writer(
+            self.node, path, lv.size_bytes, is_mapped=True
+        ) as writer:
             yield writer
 
     def unmap(self, volume: model.Volume) -> None:

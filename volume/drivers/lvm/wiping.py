@@ -9,6 +9,7 @@ import time
 from volume import errors
 from volume import model
 from volume import progress
+from volume.drivers import generic
 from volume.node import Node
 
 # So large that it is quick, so small that a person who cancels need not
@@ -30,7 +31,7 @@ def wipe(
 
     :raises Unavailable: the device is shorter than that
     """
-    with node.open(path, 'rb+') as file:
+    with generic.open_device(node, path, 'rb+') as file:
         if file.size_bytes < end_bytes:
             raise errors.Unavailable(
                 f'{path} has {file.size_bytes} bytes, not {end_bytes}: '
