@@ -198,6 +198,12 @@ class MirrorsTest(SmallCase, unittest.TestCase):
     def mirror(self, name, size_mib):
         self.lvm('lvcreate', '--type', 'raid1', '-m1', '-Wn', '-L',
                  f'{size_mib}m', '-n', name, self.group)
+        # Until both have the same.
+        while '100.00' not in self.guest.run(
+            'lvs', '--noheadings', '-o', 'sync_percent',
+            f'{self.group}/{name}',
+        ):
+            pass
 
     def test_volume_outlives_a_disk_and_is_wiped_on_both(self):
         made = self.make_driver(provisioning='thick', wipe='delete')
