@@ -246,7 +246,7 @@ class Link:
                     self._calls.pop(number, None)
                 self._lose('the connection was lost')
                 raise errors.Unavailable(
-                    f'node {self.name}: {self._lost}'
+                    f'node {self.name}: {self._lost}; nothing was done'
                 ) from failed
         return number
 
