@@ -89,9 +89,12 @@ class FaultCase(abc.ABC):
         self.exporter = self.make_exporter()
         self.exporter.check()
         connection = self.export(attachment_id)
-        self.assertEqual({attachment_id}, self.exporter.exported())
-        self.look(connection)
-        self.exporter.unexport(attachment_id)
+        try:
+            self.assertEqual({attachment_id}, self.exporter.exported())
+            self.look(connection)
+        finally:
+            # Else one that fails would have all others fail.
+            self.exporter.unexport(attachment_id)
 
     def give_up(self, attachment_id):
         """What a new service does that ends it."""
