@@ -156,6 +156,39 @@ count = db.read(lambda s: s.scalar(sqlalchemy.text('SELECT sum(n) FROM t')))
 print(count, before not in inside)
 """))
 
+    def test_sqlite_s_threads_touch_no_lock_of_eventlet_s(self):
+        # Two that met at one would fail, once in a thousand times.
+        with tempfile.TemporaryDirectory() as root:
+            self.assertEqual('set()\n', self.says(f"""
+import sys
+from eventlet import semaphore
+touched, acquire = set(), semaphore.Semaphore.acquire
+def watched(lock, *words, **options):
+    frame = sys._getframe(1)
+    if 'eventlet' in frame.f_code.co_filename:
+        frame = frame.f_back
+    if native.current_thread().name.startswith('sqlite') and not first:
+        touched.add((frame.f_code.co_filename, frame.f_lineno))
+    return acquire(lock, *words, **options)
+semaphore.Semaphore.acquire = watched
+semaphore.Semaphore.__enter__ = lambda lock: watched(lock) and None
+from volume.db import models
+from volume.db.engine import Database
+first = [True]  # alone, with a native lock around it
+db = Database('sqlite:///{root}/db')
+db.read(lambda session: None)
+first.clear()
+db.write(lambda session: models.Base.metadata.create_all(session.connection()))
+def put(session):
+    session.add(
+        models.Service(host='h', owner='o', started_at=0, heard_at=0)
+    )
+def look(session):
+    return [each.host for each in session.query(models.Service)]
+db.write(put)
+db.read(look)
+print(touched)
+"""))
 
     def test_reads_digests_and_transactions_stop_nobody(self):
         # Each ends only if a greenthread runs meanwhile, who writes into the

@@ -105,7 +105,7 @@ class NfsConnector(base.Connector):
 
         :raises NotFound: there is none
         """
-        said = self._ask(asked, LOOK_S, 'stat', '-c', '%f %s', asked.path)
+        said = self._stat(asked, LOOK_S, '%f %s')
         mode, size_bytes = said.split()
         if not stat.S_ISREG(int(mode, 16)):
             raise errors.NotFound(
@@ -121,9 +121,7 @@ class NfsConnector(base.Connector):
         """
         try:
             # Asked once, with a limit: who uses it is known by that here.
-            said = self._ask(
-                asked, self.flush_s, 'stat', '-c', '%d %i', asked.path
-            )
+            said = self._stat(asked, self.flush_s, '%d %i')
             disks.need_free(
                 self.node, asked.path, asked.name, [*map(int, said.split())]
             )
@@ -136,6 +134,14 @@ class NfsConnector(base.Connector):
                 f'({failed}); see to its node, or end its access with '
                 '"volume force-detach" and lose it'
             ) from failed
+
+    def _stat(self, asked: Asked, timeout_s: float, what: str) -> str:
+        # The server itself: this host would go on for seconds with what it
+        # remembers of a file that has grown, or is no longer its own.
+        return self._ask(
+            asked, timeout_s, 'stat', '--cached=never', '-c', what,
+            asked.path,
+        )
 
     def _ask(self, asked: Asked, timeout_s: float, *argv: str) -> str:
         """Run what asks the server.

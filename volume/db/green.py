@@ -7,29 +7,54 @@ connections has locks that work between native threads. The lock that makes
 writers queue stays with the greenthreads: at most one of them is in here to
 write, and the others read.
 
+SQLAlchemy counts its sessions and queries under locks too, and those must
+not be eventlet's: two native threads that meet there would not wait but fail.
+
 PyMySQL and psycopg2 wait where eventlet can see it, and need none of this.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import sqlalchemy
 from sqlalchemy.orm import configure_mappers
+from sqlalchemy.orm import loading
+from sqlalchemy.orm import session
+from sqlalchemy.util import _collections
 from sqlalchemy.util import queue
 
 from volume import concurrency
 
 SQLITE = concurrency.Lane('sqlite', 8)
+# Functions that return the next number; each Session and each query asks one.
+COUNTERS = ((session, '_new_sessionid'), (loading, '_new_runid'))
 
 
 def pool_arguments() -> dict[str, Any]:
     """Return what ``create_engine`` needs to know for SQLite."""
     if not concurrency.is_green():
         return {}
+    _count_natively()
     # Done on first use otherwise, under a lock of greenthreads.
     configure_mappers()
     return {'poolclass': _NativePool}
+
+
+def _count_natively() -> None:
+    """Take eventlet's locks out of SQLAlchemy's counters and caches.
+
+    Nothing waits while it holds one of these, so native ones do no harm
+    between greenthreads. A test looks for those that a release may add.
+    """
+    for module, name in COUNTERS:
+        if hasattr(module, name):
+            # Goes on where it is; one step of it is done in C, and so alone.
+            numbers = itertools.count(getattr(module, name)())
+            setattr(module, name, numbers.__next__)
+    # Of the caches that are made from now on.
+    setattr(_collections, 'threading', concurrency.native())
 
 
 class _NativeQueue(queue.Queue[Any]):
