@@ -54,7 +54,7 @@ def _count_natively() -> None:
             numbers = itertools.count(getattr(module, name)())
             setattr(module, name, numbers.__next__)
     # Of the caches that are made from now on.
-    setattr(_collections, 'threading', concurrency.native())
+    vars(_collections)['threading'] = concurrency.native()
 
 
 class _NativeQueue(queue.Queue[Any]):
