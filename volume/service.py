@@ -94,8 +94,8 @@ class Service:
         # Heartbeat and leases: whatever keeps eventlet's greenthreads busy,
         # they go on, in native threads that share nothing with them.
         self._pulse_db = (
-            Database(url, clock, **limits) if concurrency.is_green()
-            else self.db
+            Database(url, clock, **limits, for_native=True)
+            if concurrency.is_green() else self.db
         )
         self._notifier = notifier(conf)
         self.runner = self._make_runner(state)

@@ -2,6 +2,8 @@
 """Real races, hangs and lost connections, on real database servers."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import unittest
@@ -20,6 +22,32 @@ from volume.db.engine import Database
 
 JOIN_S = 60
 IS_PROOF = os.environ.get('VOLUME_PROOF') == '1'
+
+# Four native threads that write, more than there are connections.
+NATIVE = """
+import sys
+from volume import concurrency
+concurrency.start('eventlet')
+import sqlalchemy
+from volume.db.engine import Database
+from volume.db.models import Base, Service
+db = Database(sys.stdin.read(), for_native=True, connections=2)
+db.write(lambda session: Base.metadata.create_all(session.connection()))
+db.write(lambda session: session.add(
+    Service(host='h', owner='o', started_at=0, heard_at=0)
+))
+def beat(session):
+    session.get(Service, 'h').heard_at += 1
+def work():
+    for _ in range(100):
+        db.write(beat)
+threads = [concurrency.native().Thread(target=work) for _ in range(4)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+print(round(db.read(lambda session: session.get(Service, 'h').heard_at)))
+"""
 
 
 def at_once(*works):
@@ -362,6 +390,18 @@ class OnServer(Case):
 
 class OnMariadb(OnServer):
     database_kind = 'mariadb'
+
+
+@database.on_all
+class Native(unittest.TestCase):
+    """Under eventlet, which would leave native threads waiting for ever."""
+
+    def test_native_threads_that_share_a_database_wait_for_one_another(self):
+        done = subprocess.run(
+            [sys.executable, '-c', NATIVE], capture_output=True, text=True,
+            input=database.url(self), timeout=JOIN_S,
+        )
+        self.assertEqual(('400\n', ''), (done.stdout, done.stderr))
 
 
 class Addresses(unittest.TestCase):

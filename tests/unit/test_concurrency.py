@@ -247,6 +247,34 @@ print(beaten.wait(30))  # in the thread of the greenthreads: nobody else runs
 started.stop()
 """))
 
+    def test_heartbeat_and_leases_wait_for_one_another(self):
+        # At their database, in native threads; no greenthread runs.
+        with tempfile.TemporaryDirectory() as root:
+            self.assertEqual('True\n', self.says(f"""
+with open('{root}/volume.conf', 'w') as f:
+    f.write('[DEFAULT]\\nlease_s = 1\\nhost = h\\nroles = manager\\n')
+    f.write('state_path = {root}/s\\n')
+from volume import conf, service
+started = service.Service(conf.load([], ['{root}/volume.conf']))
+started.start()
+database = started._pulse_db
+inside, leave, beaten = native.Event(), native.Event(), native.Event()
+def renew(session):
+    inside.set()
+    leave.wait(30)
+def beat():
+    started._beat()
+    beaten.set()
+native.Thread(target=lambda: database.write(renew), daemon=True).start()
+inside.wait(30)
+native.Thread(target=beat, daemon=True).start()
+while not database._writing._waiting:
+    beaten.wait(0.02)
+leave.set()
+print(beaten.wait(30))
+started.stop()
+"""))
+
 
 class Launch(unittest.TestCase):
     def launch(self, text, *words, hidden=''):

@@ -79,19 +79,23 @@ def parse(url: str) -> URL:
 
 
 def make_engine(
-    url: URL, timeout_s: float | None, connections: int
+    url: URL, timeout_s: float | None, connections: int,
+    for_native: bool = False,
 ) -> sqlalchemy.Engine:
     """Return an engine; without ``timeout_s`` a statement may take long.
 
     Connections stay open when they are given back: a new one costs several
-    round trips and, with TLS, more than a transaction.
+    round trips and, with TLS, more than a transaction. Under eventlet it is
+    for greenthreads, or ``for_native`` threads alone.
     """
+    green.prepare()
     if url.get_backend_name() == 'sqlite':
         return _sqlite(url, connections)
     make = _mariadb if url.get_backend_name() == 'mariadb' else _postgresql
     pool: dict[str, Any] = {
         'pool_size': connections, 'max_overflow': 0,
         'pool_timeout': timeout_s,
+        **(green.pool_arguments() if for_native else {}),
     } if timeout_s else {'poolclass': sqlalchemy.NullPool}
     try:
         return sqlalchemy.create_engine(

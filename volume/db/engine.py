@@ -16,6 +16,7 @@ import contextvars
 import dataclasses
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NoReturn, TypeVar
@@ -26,6 +27,7 @@ from sqlalchemy import exc
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
+from volume import concurrency
 from volume import errors
 from volume.db import dialects
 from volume.db import green
@@ -52,7 +54,8 @@ class Database:
 
     ``timeout_s`` is how long a statement may take, and how long lost races
     and lost connections are tried again; ``None`` is for migrations, which
-    may take long.
+    may take long. Under eventlet a database is shared by greenthreads, or,
+    ``for_native``, by native threads: they cannot wait for one another.
 
     :raises Invalid: the URL is wrong, or its driver is not installed
     """
@@ -64,22 +67,26 @@ class Database:
         *,
         timeout_s: float | None = TIMEOUT_S,
         connections: int = CONNECTIONS,
+        for_native: bool = False,
     ) -> None:
         self.url = url
         self.clock = clock
         parsed = dialects.parse(url)
         self.kind = parsed.get_backend_name()
         self.is_sqlite = self.kind == 'sqlite'
-        self.engine = dialects.make_engine(parsed, timeout_s, connections)
+        self.engine = dialects.make_engine(
+            parsed, timeout_s, connections, for_native
+        )
         self._patience_s = SQLITE_PATIENCE_S if self.is_sqlite else (
             timeout_s or TIMEOUT_S
         )
+        threads = concurrency.native() if for_native else threading
         self._writing: contextlib.AbstractContextManager[None] = (
-            FifoLock() if self.is_sqlite else contextlib.nullcontext()
+            FifoLock(threads) if self.is_sqlite else contextlib.nullcontext()
         )
         # Who has lost a race goes again in turn: of many that want the same
         # row each would else lose to another for ever.
-        self._losers = FifoLock()
+        self._losers = FifoLock(threads)
 
     def read(self, fn: Callable[[Session], T]) -> T:
         """Return what ``fn`` reads, all of one moment.

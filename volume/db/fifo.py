@@ -6,14 +6,20 @@ from __future__ import annotations
 import collections
 import threading
 from types import TracebackType
+from typing import Any
 
 
 class FifoLock:
-    """First come, first served; far fairer than SQLite's busy wait."""
+    """First come, first served; far fairer than SQLite's busy wait.
 
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._waiting: collections.deque[threading.Lock] = collections.deque()
+    ``threads`` is the module whose threads share it: under eventlet those of
+    ``threading`` are green, and wait for no native one.
+    """
+
+    def __init__(self, threads: Any = threading) -> None:
+        self._threads = threads
+        self._guard = threads.Lock()
+        self._waiting: collections.deque[Any] = collections.deque()
         self._taken = False
 
     def __enter__(self) -> None:
@@ -21,7 +27,7 @@ class FifoLock:
             if not self._taken:
                 self._taken = True
                 return
-            turn = threading.Lock()
+            turn = self._threads.Lock()
             turn.acquire()
             self._waiting.append(turn)
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQLite under eventlet: its transactions run in native threads.
+"""The database under eventlet, and the native threads that use it.
 
 SQLite waits for the disk inside C, and would stop every greenthread. So a
 transaction as a whole is one call into a native thread, and the pool of
@@ -7,10 +7,12 @@ connections has locks that work between native threads. The lock that makes
 writers queue stays with the greenthreads: at most one of them is in here to
 write, and the others read.
 
-SQLAlchemy counts its sessions and queries under locks too, and those must
-not be eventlet's: two native threads that meet there would not wait but fail.
-
 PyMySQL and psycopg2 wait where eventlet can see it, and need none of this.
+
+Heartbeat and leases are in native threads from the start; whatever database
+it is, theirs has native locks alone. And SQLAlchemy's own, which all share,
+must not be eventlet's: of two native threads that meet at one, one fails, or
+both wait for ever.
 """
 
 from __future__ import annotations
@@ -32,22 +34,15 @@ SQLITE = concurrency.Lane('sqlite', 8)
 COUNTERS = ((session, '_new_sessionid'), (loading, '_new_runid'))
 
 
-def pool_arguments() -> dict[str, Any]:
-    """Return what ``create_engine`` needs to know for SQLite."""
-    if not concurrency.is_green():
-        return {}
-    _count_natively()
-    # Done on first use otherwise, under a lock of greenthreads.
-    configure_mappers()
-    return {'poolclass': _NativePool}
-
-
-def _count_natively() -> None:
+def prepare() -> None:
     """Take eventlet's locks out of SQLAlchemy's counters and caches.
 
-    Nothing waits while it holds one of these, so native ones do no harm
-    between greenthreads. A test looks for those that a release may add.
+    All threads of the process share them. Nothing waits while it holds one,
+    so native ones do no harm between greenthreads. A test looks for those
+    that a release of SQLAlchemy may add.
     """
+    if not concurrency.is_green():
+        return
     for module, name in COUNTERS:
         if hasattr(module, name):
             # Goes on where it is; one step of it is done in C, and so alone.
@@ -55,6 +50,13 @@ def _count_natively() -> None:
             setattr(module, name, numbers.__next__)
     # Of the caches that are made from now on.
     vars(_collections)['threading'] = concurrency.native()
+    # Done on first use otherwise, under a lock of greenthreads.
+    configure_mappers()
+
+
+def pool_arguments() -> dict[str, Any]:
+    """Return what ``create_engine`` needs to know for native threads."""
+    return {'poolclass': _NativePool} if concurrency.is_green() else {}
 
 
 class _NativeQueue(queue.Queue[Any]):
