@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tests of the lab every run has; the others only ``VOLUME_LAB=full``.
 
-The guest is slow, and a run of all takes the better part of an hour. Each
+The guest is slow, and a run of all takes some three hours. Each
 kind of thing that only a real kernel can show is here once.
 """
 
