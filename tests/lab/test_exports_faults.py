@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import itertools
+import logging
 
 from tests import lab
 from tests.lab import exports_case
@@ -23,6 +24,8 @@ from volume.exports.lio_store import CORE
 from volume.exports.lio_store import HBAS
 from volume.node import Op
 from volume.testing import faults
+
+LOG = logging.getLogger('volume.lab')
 
 
 class FaultCase(abc.ABC):
@@ -50,6 +53,8 @@ class FaultCase(abc.ABC):
         for nth in itertools.count(1):
             for fault, mend in self.choose(nth, mends):
                 attachment_id = self.attachment()
+                LOG.debug('%s: %s, then %s', attachment_id, fault,
+                          mend.__name__)
                 with self.subTest(fault, mend=mend.__name__):
                     prepare(attachment_id)
                     said.append(self.fail_at(fault, attachment_id, work))
