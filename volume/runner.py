@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import heapq
 import logging
 import threading
@@ -231,7 +230,8 @@ class Runner:
         """Take no more jobs; let running steps end; give leases back.
 
         What takes longer than the time given is stopped at its next report
-        of progress and goes on at the next start.
+        of progress and goes on at the next start. Until then somebody else
+        renews the leases, as ever.
         """
         with self._guard:
             self._closed = True
@@ -239,13 +239,8 @@ class Runner:
         deadline = time.monotonic() + timeout_s
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
-        renewed = time.monotonic()
         while self.busy() and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            if time.monotonic() - renewed > self.settings.lease_s / 3:
-                renewed = time.monotonic()
-                with contextlib.suppress(errors.Unavailable):
-                    self.renew()
         self._stopping = True
         for pool in pools:
             pool.shutdown(wait=True)

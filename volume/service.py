@@ -56,6 +56,7 @@ from volume.transfer.sources import Sources
 
 LOG = logging.getLogger(__name__)
 CHECK_WAIT_S = 1.0
+END_S = 10.0  # for a thread that does something again and again
 GIVEN_UP = 3  # exit code
 
 
@@ -77,6 +78,7 @@ class Service:
         self._stop = threading.Event()
         self._stop_pulse = concurrency.native().Event()
         self._threads: list[threading.Thread] = []
+        self._pulses: list[threading.Thread] = []
         self._strangers: set[str] = set()
         self._node_id = ''
         self._stack = contextlib.ExitStack()
@@ -137,6 +139,8 @@ class Service:
         self._stack.callback(self._pulse_db.close)
         self._stack.callback(self._notifier.stop)
         self._stack.callback(self._forget_service)
+        # Who still works keeps its leases, and hears that it was fenced.
+        self._stack.callback(self._end_pulse)
         self._stack.callback(
             self.runner.drain, self.conf.graceful_shutdown_timeout_s
         )
@@ -151,11 +155,10 @@ class Service:
     def stop(self) -> None:
         """Drain: the doors close, running steps end, leases go back."""
         self._stop.set()
-        self._stop_pulse.set()
         self.runner.wake()
         self._stack.close()
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(timeout=END_S)
         for node in self.node.neighbours.values():
             node.close()
 
@@ -368,6 +371,11 @@ class Service:
         finally:
             os._exit(GIVEN_UP)
 
+    def _end_pulse(self) -> None:
+        self._stop_pulse.set()
+        for thread in self._pulses:
+            thread.join(timeout=END_S)
+
     def _forget_service(self) -> None:
         def forget(session: Session) -> None:
             row = session.get(models.Service, self.conf.host)
@@ -412,7 +420,7 @@ class Service:
         threads = concurrency.native() if pulse else threading
         thread = threads.Thread(target=loop, name=name, daemon=True)
         thread.start()
-        self._threads.append(thread)
+        (self._pulses if pulse else self._threads).append(thread)
 
 
 class _Signals:

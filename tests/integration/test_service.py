@@ -14,6 +14,7 @@ from tests.process import Refused
 from tests.process import ServiceProcess
 from volume import errors
 from volume.nbd import NbdClient
+from volume.service import GIVEN_UP
 
 MIB = 1 << 20
 FILE = '[b]\ndriver = file\ndirectories = {root}/pool\nexporter = local\n'
@@ -189,13 +190,13 @@ class Reloads(ServiceCase):
 
 
 class Drains(ServiceCase):
-    def slow(self, seconds_to_end):
+    def slow(self, seconds_to_end, rate=1500000, extra=''):
         """Return a service, and a volume that takes seconds to fill."""
         service = self.service(directories=('pool', 'images'))
         service.configure(QCOW, extra=(
             f'image_allowed_directories = {service.root}/images\n'
-            'image_rate_bytes_per_s = 1500000\n'
-            f'graceful_shutdown_timeout_s = {seconds_to_end}\n'
+            f'image_rate_bytes_per_s = {rate}\n'
+            f'graceful_shutdown_timeout_s = {seconds_to_end}\n{extra}'
         ))
         image = os.path.join(service.root, 'images', 'image.raw')
         self.content = os.urandom(4 * MIB)
@@ -234,6 +235,18 @@ class Drains(ServiceCase):
         service.start()
         service.wait(volume_id, 'available')
         self.holds(service, volume_id)
+
+    def test_who_drains_is_heard_of_and_hears_that_it_was_fenced(self):
+        service, _ = self.slow(60, rate=300000, extra='lease_s = 1\n')
+        service.process.send_signal(signal.SIGTERM)
+        self.until(lambda: 'and drains' in service.tail())
+        heard_at = 'SELECT heard_at FROM services'
+        before = self.ask(service, heard_at)
+        self.assertTrue(self.until(
+            lambda: self.ask(service, heard_at), lambda now: now != before
+        ))
+        service.sql('UPDATE services SET is_fenced = :yes', yes=True)
+        self.assertEqual(GIVEN_UP, service.process.wait(WAIT_S))
 
     def test_the_end_is_told_by_the_exit_code(self):
         service = self.started()
