@@ -179,8 +179,12 @@ class Service:
         self.runner.backends = table
         self._note_exporters()
         self.conf = conf
-        self._refresh()
         LOG.info('backends now: %s', ', '.join(table) or 'none')
+        try:
+            self._refresh()
+        except errors.VolumeError as failed:
+            # The next report says it all.
+            LOG.error('what backends are like is not reported: %s', failed)
 
     # Ours alone.
 

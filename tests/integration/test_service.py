@@ -169,6 +169,22 @@ class Reloads(ServiceCase):
         self.reload(service, QCOW + more, 'b, c')
         service.wait(made, 'gone')
 
+    def test_a_database_that_is_away_is_no_end(self):
+        service = self.started(directories=('pool', 'other'))
+        kept = self.make(service)
+        service.sql('ALTER TABLE pools RENAME TO away')
+        self.reload(
+            service, QCOW + FILE.replace('[b]', '[c]').replace(
+                'pool', 'other'), 'b, c',
+        )
+        self.until(lambda: 'is not reported' in service.tail())
+        service.sql('ALTER TABLE away RENAME TO pools')
+        self.until(lambda: self.state_of(service, 'c') == 'up')
+        self.assertEqual('available', service.volume(kept)['status'])
+        # The next signal is heard as well.
+        service.process.send_signal(signal.SIGTERM)
+        self.assertEqual(0, service.process.wait(WAIT_S))
+
     def test_a_file_that_is_wrong_changes_nothing(self):
         service = self.started()
         kept = self.make(service)
