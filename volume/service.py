@@ -63,6 +63,9 @@ GIVEN_UP = 3  # exit code
 class Service:
     """The API, the manager, or both, in this process."""
 
+    give_up_s = 60.0
+    """What a service that was fenced takes at most to end what it has."""
+
     def __init__(
         self,
         conf: cfg.ConfigOpts,
@@ -364,7 +367,15 @@ class Service:
         self._has_name = True
 
     def _give_up(self, why: str) -> None:
-        """End at once: what this process does may be done by another now."""
+        """End at once: what this process does may be done by another now.
+
+        A disk, or somebody with a lock, may keep what is to be ended: that
+        is left then, and what goes on in this process ends all the same.
+        """
+        late = concurrency.native().Timer(self.give_up_s, _exit)
+        late.daemon = True
+        with contextlib.suppress(RuntimeError):  # no more threads
+            late.start()
         LOG.critical(
             'service %s ends, for %s: its jobs and attachments may be '
             'another node\'s now; started again, it begins anew',
@@ -427,6 +438,13 @@ class Service:
         (self._pulses if pulse else self._threads).append(thread)
 
 
+def _exit() -> None:
+    try:
+        takeover.end_children()
+    finally:
+        os._exit(GIVEN_UP)
+
+
 class _Signals:
     """Signals in their order, for a thread or a greenthread to wait for.
 
@@ -466,7 +484,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if service.address:
         print(f'volume-service: serving {service.address}/v3', flush=True)
     while (number := signals.wait()) == signal.SIGHUP:
-        service.reload()
+        try:
+            service.reload()
+        except Exception:
+            # The process would live on, and hear no signal any more.
+            LOG.exception('the configuration was not taken, by a bug')
     LOG.info(
         'service %s was told to end (%s), and drains', conf.host,
         signal.Signals(number).name,

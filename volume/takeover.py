@@ -112,13 +112,13 @@ def end_all(node: Node, exporters: Iterable[Exporter]) -> None:
 
     The exporters are those of this machine.
     """
-    _end_children()
+    end_children()
     if node.blockd is not None:
         _try('the storage daemon', node.blockd.stop)
     for exporter in exporters:
         _try('what is exported', exporter.abandon)
     # This process worked on until now, and may have started others.
-    _end_children()
+    end_children()
 
 
 def _try(what: str, effect: Callable[[], None]) -> None:
@@ -131,7 +131,8 @@ def _try(what: str, effect: Callable[[], None]) -> None:
         LOG.exception('%s has not ended, by a bug', what)
 
 
-def _end_children() -> None:
+def end_children() -> None:
+    """Kill the commands that this process runs."""
     for pid in _children():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)

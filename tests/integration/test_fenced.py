@@ -138,7 +138,7 @@ class Fenced(unittest.TestCase):
 
 
 GIVE_UP = """
-import subprocess, sys
+import subprocess, sys, time
 from volume import conf, service
 
 class Ends:
@@ -153,8 +153,12 @@ def late():
     subprocess.Popen(['sleep', '90'])
     print('late', flush=True)
 
+def stuck():
+    time.sleep(90)
+
 made = service.Service(conf.load([], [sys.argv[1]]))
-made._exporters = dict(enumerate(map(Ends, (broken, late))))
+made.give_up_s = {give_up_s}
+made._exporters = dict(enumerate(map(Ends, ({effects}))))
 made._give_up('a test')
 """
 
@@ -162,7 +166,7 @@ made._give_up('a test')
 class Ending(unittest.TestCase):
     """A service that gives up, in a process of its own."""
 
-    def give_up(self, bug):
+    def give_up(self, bug, effects='broken, late', give_up_s=60.0):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
         path = os.path.join(directory.name, 'volume.conf')
@@ -170,7 +174,9 @@ class Ending(unittest.TestCase):
             f.write(f'[DEFAULT]\nstate_path = {directory.name}/s\n')
         # Returns when the last that has its stdout has ended.
         return subprocess.run(
-            [sys.executable, '-c', GIVE_UP.format(bug=bug), path],
+            [sys.executable, '-c', GIVE_UP.format(
+                bug=bug, effects=effects, give_up_s=give_up_s,
+            ), path],
             capture_output=True, text=True, timeout=END_S,
         )
 
@@ -182,6 +188,10 @@ class Ending(unittest.TestCase):
 
     def test_whatever_comes_it_exits(self):
         done = self.give_up('KeyboardInterrupt')
+        self.assertEqual(service.GIVEN_UP, done.returncode, done.stderr)
+
+    def test_what_does_not_end_keeps_it_from_nothing(self):
+        done = self.give_up('', effects='late, stuck', give_up_s=0.5)
         self.assertEqual(service.GIVEN_UP, done.returncode, done.stderr)
 
 
