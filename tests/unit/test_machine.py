@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,14 @@ from volume.node import Process
 from volume.node import ReplyLength
 
 SECRET = 'swordfish-42'
+
+# Its first thread ends, and another one lives on and heeds no SIGTERM.
+LAST_THREAD = """
+import ctypes, signal, threading, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=time.sleep, args=(60,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
 
 
 class MachineCase(unittest.TestCase):
@@ -212,6 +221,15 @@ class ProcessTest(MachineCase):
         process = self.start('true')
         while self.node.is_running(process):
             pass
+
+    def test_process_whose_first_thread_ended_runs_on(self) -> None:
+        process = self.start(sys.executable, '-c', LAST_THREAD)
+        status = f'/proc/{process.pid}/status'
+        while b'State:\tZ' not in self.node.read(status):
+            pass
+        self.assertTrue(self.node.is_running(process))
+        self.node.end(process, 0.1)
+        self.assertFalse(self.node.is_running(process))
 
     def test_another_of_the_same_number_is_left_alone(self) -> None:
         process = self.start('sleep', '60')

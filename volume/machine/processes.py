@@ -68,7 +68,9 @@ def is_running(process: Process) -> bool:
     try:
         if _started(process.pid) != process.started:
             return False
-        if _state(process.pid) not in 'ZX':
+        state = _state(process.pid)
+        # A thread that writes may outlive the first one, which is shown.
+        if state != 'X' and (state != 'Z' or _threads(process.pid) > 1):
             return True
     except (FileNotFoundError, ProcessLookupError):
         return False
@@ -129,6 +131,10 @@ def _started(pid: int) -> str:
 
 def _state(pid: int) -> str:
     return _fields(_stat(pid))[0]
+
+
+def _threads(pid: int) -> int:
+    return len(os.listdir(f'/proc/{pid}/task'))
 
 
 def _stat(pid: int) -> str:
