@@ -52,7 +52,6 @@ SEND_RETRIES = 5
 """Tries to reach the broker: with oslo's pauses of 1, 3, 5 … s about 25 s."""
 PREFETCH = 64  # as many as oslo.messaging has threads to serve them
 BROKER_S = 5.0
-STOP_S = 10.0
 
 _VERSION = re.compile(r'(\d{1,4})\.(\d{1,4})')
 _REQUEST_ID = re.compile(r'[A-Za-z0-9._:-]{1,64}')
@@ -537,26 +536,21 @@ class Remote:
 class Server:
     """Consumes messages for an endpoint.
 
-    It listens on each topic, on ``topic.host`` and on the topic's fanout.
+    It listens on the topic, on ``topic.host`` and on the topic's fanout.
     """
 
+    retry_s = 10.0
+
     def __init__(
-        self,
-        conf: cfg.ConfigOpts,
-        endpoint: Endpoint,
-        host: str,
-        topics: tuple[str, ...] = (TOPIC,),
+        self, conf: cfg.ConfigOpts, endpoint: Endpoint, host: str
     ) -> None:
         register_opts(conf)
         self._transport = _transport(conf, None)
-        self._servers = [
-            messaging_server.RPCServer(
-                self._transport,
-                messaging.Target(exchange=EXCHANGE, topic=topic, server=host),
-                Dispatcher(endpoint),
-            )
-            for topic in topics
-        ]
+        self._target = messaging.Target(
+            exchange=EXCHANGE, topic=TOPIC, server=host
+        )
+        self._dispatcher = Dispatcher(endpoint)
+        self._server: Any = None
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(
@@ -574,19 +568,29 @@ class Server:
     def stop(self) -> None:
         """Take no more messages, and wait for those that were taken."""
         self._ended.set()
-        if self._thread.ident is None:
-            return
         # If no broker has answered yet, oslo.messaging waits for one for
         # ever; the thread then ends with the process.
-        self._thread.join(STOP_S if self._ready.is_set() else 0.1)
-        if self._thread.is_alive():
-            return
-        for each in self._servers:
-            each.stop()
-            each.wait()
-        self._transport.cleanup()
+        if self._ready.is_set():
+            self._server.stop()
+            self._server.wait()
+            self._transport.cleanup()
 
     def _consume(self) -> None:
-        for each in self._servers:
-            each.start()
-        self._ready.set()
+        while not self._ended.is_set():
+            # One that has failed to start never does.
+            self._server = messaging_server.RPCServer(
+                self._transport, self._target, self._dispatcher
+            )
+            try:
+                self._server.start()
+            except Exception as failed:
+                # Who is away is waited for. This one refuses us: it may be
+                # told of our user or virtual host later.
+                LOG.error(
+                    'no messages are taken, and it is tried again: %.300s',
+                    failed,
+                )
+                self._ended.wait(self.retry_s)
+            else:
+                self._ready.set()
+                return

@@ -2,9 +2,14 @@
 """The RPC door itself: what it lets in, and what it promises."""
 
 import inspect
+import logging
 import pathlib
+import socketserver
+import struct
+import threading
 import unittest
 
+from volume import conf as options
 from volume import errors
 from volume import rpc
 from volume.context import Caller
@@ -15,6 +20,7 @@ from volume.rpcapi import VolumeAPI
 from volume.rpcverb import verb
 from volume.rpcverb import verbs_of
 
+WAIT_S = 30
 TOP = pathlib.Path(__file__).parents[2]
 PAGE = TOP / 'doc/source/reference/rpc.rst'
 CALLER = Caller(project_id='p', user_id='u')
@@ -336,6 +342,53 @@ class Surface(unittest.TestCase):
             )
         with self.assertRaises(errors.Invalid):
             VolumeAPI(Recorder()).get_volume(object(), 'v')
+
+
+class Refusing(socketserver.StreamRequestHandler):
+    """A broker that does not know its client, as one newly set up."""
+
+    def handle(self):
+        if self.rfile.read(8) != b'AMQP\0\0\x09\x01':
+            return
+        self.say(10, bytes([0, 9, *bytes(4)]) + text('AMQPLAIN') + text('en_US'))
+        _, _, length = struct.unpack('>BHI', self.rfile.read(7))
+        self.rfile.read(length + 1)
+        self.server.refused.release()
+        self.say(50, struct.pack('>HB4x', 403, 0))
+        self.rfile.read()
+
+    def say(self, method, arguments):
+        payload = struct.pack('>HH', 10, method) + arguments
+        self.wfile.write(
+            struct.pack('>BHI', 1, 0, len(payload)) + payload + b'\xce'
+        )
+
+
+def text(words):
+    return struct.pack('>I', len(words)) + words.encode()
+
+
+class Consuming(unittest.TestCase):
+    def test_a_broker_that_refuses_us_is_asked_again(self):
+        logger = logging.getLogger('oslo.messaging')
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+        broker = socketserver.ThreadingTCPServer(('127.0.0.1', 0), Refusing)
+        broker.daemon_threads = True
+        broker.refused = threading.Semaphore(0)
+        self.addCleanup(broker.server_close)
+        threading.Thread(target=broker.serve_forever, daemon=True).start()
+        self.addCleanup(broker.shutdown)
+        conf = options.load([], [])
+        rpc.register_opts(conf)
+        host, port = broker.server_address
+        conf.set_override('transport_url', f'rabbit://u:p@{host}:{port}/')
+        server = rpc.Server(conf, Inner(), 'h')
+        server.retry_s = 0.01
+        server.start()
+        self.addCleanup(server.stop)
+        for _ in range(3):
+            self.assertTrue(broker.refused.acquire(timeout=WAIT_S))
 
 
 class Recorder:
