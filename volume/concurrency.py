@@ -143,11 +143,17 @@ class Lane:
         return result
 
     def _begin(self, world: _Greens) -> None:
-        self._count += 1
-        world.threading.Thread(
+        thread = world.threading.Thread(
             target=self._work, args=(world,),
-            name=f'{self.name}-{self._count}', daemon=True,
-        ).start()
+            name=f'{self.name}-{self._count + 1}', daemon=True,
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more of them
+            if not self._count:
+                raise
+        else:
+            self._count += 1
 
     def _work(self, world: _Greens) -> None:
         world.forbid_waiting()

@@ -65,7 +65,7 @@ class Runner:
         self._rate = rate_bytes_per_s
         self._pools: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
         self._guard = threading.Lock()
-        self._active: set[str] = set()
+        self._active: dict[str, journal.Job] = {}
         self._waiting: dict[str, list[_Waiter]] = {}
         self._ended: collections.OrderedDict[str, Ended] = (
             collections.OrderedDict()
@@ -153,7 +153,7 @@ class Runner:
         the database before its release) runs out, and the sweep finds it.
 
         Under eventlet a native thread calls this, with a database of its
-        own. So it takes no lock; to copy a set is one step.
+        own. So it takes no lock; a copy is made in one step.
         """
         active = sorted(self._active.copy())
         until = self._db.clock() + self.settings.lease_s
@@ -262,7 +262,7 @@ class Runner:
                 return  # it may be another's by now: the sweep will say
             job = self.job(row, backend, known)
             job.is_heir = is_heir
-            self._active.add(row.id)
+            self._active[row.id] = job
             pool = self._pools.get(row.backend)
             if pool is None:
                 size = backend.conf.max_parallel if backend.conf else 1
@@ -270,7 +270,12 @@ class Runner:
                     size, thread_name_prefix=f'job-{row.backend}'
                 )
                 self._pools[row.backend] = pool
-            future = pool.submit(self._run, job)
+            try:
+                future = pool.submit(self._run, job)
+            except RuntimeError as failed:  # the system has no more threads
+                del self._active[row.id]
+                LOG.error('job %s waits for a sweep: %s', row.id, failed)
+                return
         future.add_done_callback(lambda done: self._after(job, done))
 
     def job(
@@ -293,6 +298,9 @@ class Runner:
         return self.backends[name]
 
     def _run(self, job: journal.Job) -> bool:
+        with self._guard:
+            if self._active.get(job.row.id) is not job:
+                return False  # it was given up, and is left to the sweep
         current_request.set(job.row.request_id)
         return journal.run(job)
 
@@ -306,7 +314,7 @@ class Runner:
             )
         finally:
             with self._guard:
-                self._active.discard(job.row.id)
+                self._active.pop(job.row.id, None)
         if job.row.state != 'open':
             if job.row.kind in LAST and job.row.state == 'done':
                 self._node.forget_locks(job.row.exclusive)

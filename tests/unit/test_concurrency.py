@@ -108,6 +108,18 @@ for each in stuck:
 print(slow.run(lambda: 'second'))
 """))
 
+    def test_a_lane_without_a_thread_waits_for_none(self):
+        self.assertEqual('refused\nlater\n', self.says("""
+lane = concurrency.Lane('scarce', 1)
+native.stack_size(1 << 46)  # more than there is: no thread can be begun
+try:
+    lane.run(lambda: 'at once')
+except RuntimeError:
+    print('refused')
+native.stack_size(0)
+print(lane.run(lambda: 'later'))
+"""))
+
     def test_both_kinds_of_threads_can_log(self):
         # The lock of a handler is taken in the one while the other waits.
         self.assertEqual('400\n', self.says("""

@@ -350,7 +350,7 @@ class Refusing(socketserver.StreamRequestHandler):
     def handle(self):
         if self.rfile.read(8) != b'AMQP\0\0\x09\x01':
             return
-        self.say(10, bytes([0, 9, *bytes(4)]) + text('AMQPLAIN') + text('en_US'))
+        self.say(10, b'\0\x09' + bytes(4) + text('AMQPLAIN') + text('en_US'))
         _, _, length = struct.unpack('>BHI', self.rfile.read(7))
         self.rfile.read(length + 1)
         self.server.refused.release()

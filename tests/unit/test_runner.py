@@ -405,6 +405,18 @@ class Bugs(RunnerCase):
         self.runner.hint(row)
         self.assertEqual('done', self.runner.wait(row.id, LONG_S).state)
 
+    def test_a_job_for_which_there_was_no_thread_is_found_by_a_sweep(self):
+        row = self.accept()
+        threading.stack_size(1 << 46)  # more than there is
+        self.addCleanup(threading.stack_size, 0)
+        self.runner.hint(row)
+        threading.stack_size(0)
+        self.runner.renew()
+        self.clock.now += 31.0
+        self.runner.sweep()
+        self.until(lambda: self.state(row).state == 'done')
+        self.assertEqual([row.id], self.ran)
+
     def test_a_job_that_lost_its_rows_lease_is_not_held_for_ever(self):
         from volume.flows import rows
 
