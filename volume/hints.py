@@ -101,6 +101,9 @@ class Hints:
                     LOG.info(
                         'job %s waits for a sweep: %s', word.job_id, failed
                     )
+                except Exception:
+                    # The next word is worth a try all the same.
+                    LOG.exception('hints failed by a bug')
 
     def _wake(self, bus: rpcapi.VolumeAPI, word: _Word) -> None:
         host = word.host or self._db.read(

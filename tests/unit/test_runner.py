@@ -9,8 +9,11 @@ import unittest
 from sqlalchemy import update
 
 from tests import database
+from volume import conf as options
 from volume import errors
+from volume import hints
 from volume import model
+from volume import rpc
 from volume.backends import Backend
 from volume.core import Settings
 from volume.db import models
@@ -213,6 +216,29 @@ class Hints(RunnerCase):
 
 
 @database.on_all
+class FailingHints(hints.Hints):
+    """Whatever it sends meets a bug."""
+
+    def _wake(self, bus, word):
+        self.words.append(word.job_id)
+        raise RuntimeError('a bug')
+
+
+class Messages(RunnerCase):
+    def test_a_bug_in_one_hint_keeps_no_other_from_being_sent(self):
+        conf = options.load([], [])
+        rpc.register_opts(conf)
+        conf.set_override('transport_url', 'rabbit://h/')
+        told = FailingHints(conf, self.db, self.runner, silent_s=1.0)
+        told.words = []
+        rows = [self.accept(owner='x', backend='c') for _ in range(3)]
+        for row in rows:
+            told(row)
+        told.start()
+        told.stop()
+        self.assertEqual([row.id for row in rows], told.words)
+
+
 class Sweeps(RunnerCase):
     def sweep(self, runner=None):
         taken = (runner or self.runner).sweep()
