@@ -89,6 +89,7 @@ class Service:
         self.node = node or Node(state, os.path.abspath(conf.lock_path))
         self.domain = LockDomain(self.node.lock_dir)
         self._has_name = False
+        self._grace_s = conf.graceful_shutdown_timeout_s
         self.node.blockd = self.node.blockd or Blockd(
             self.node, os.path.join(state, 'blockd'),
             tcp=conf.nbd_listen or None,
@@ -129,31 +130,13 @@ class Service:
         :raises Busy: another process uses the state directory
         :raises Invalid: the database's version, or an option, is wrong
         """
-        if 'api' in self.conf.roles:
-            auth.check_binding(self.conf.api.auth, self.conf.api.listen)
-        state = self.node.state_dir
-        os.makedirs(state, 0o700, exist_ok=True)
-        self._stack.enter_context(locks.alone(
-            os.path.join(state, 'service.lock'), f'state_path {state}'
-        ))
-        schema.ensure(self.db)
-        # What is entered last ends first: the doors, then the work.
-        self._stack.callback(self.db.close)
-        self._stack.callback(self._pulse_db.close)
-        self._stack.callback(self._notifier.stop)
-        self._stack.callback(self._forget_service)
-        # Who still works keeps its leases, and hears that it was fenced.
-        self._stack.callback(self._end_pulse)
-        self._stack.callback(
-            self.runner.drain, self.conf.graceful_shutdown_timeout_s
-        )
-        if self.hints is not None:
-            self.hints.start()
-            self._stack.callback(self.hints.stop)
-        if 'manager' in self.conf.roles:
-            self._start_manager()
-        if 'api' in self.conf.roles:
-            self._start_api()
+        try:
+            self._start()
+        except BaseException:
+            # What has begun must not work on in a process that should end.
+            self._grace_s = 0.0
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Drain: the doors close, running steps end, leases go back."""
@@ -190,6 +173,31 @@ class Service:
             LOG.error('what backends are like is not reported: %s', failed)
 
     # Ours alone.
+
+    def _start(self) -> None:
+        if 'api' in self.conf.roles:
+            auth.check_binding(self.conf.api.auth, self.conf.api.listen)
+        state = self.node.state_dir
+        os.makedirs(state, 0o700, exist_ok=True)
+        self._stack.enter_context(locks.alone(
+            os.path.join(state, 'service.lock'), f'state_path {state}'
+        ))
+        schema.ensure(self.db)
+        # What is entered last ends first: the doors, then the work.
+        self._stack.callback(self.db.close)
+        self._stack.callback(self._pulse_db.close)
+        self._stack.callback(self._notifier.stop)
+        self._stack.callback(self._forget_service)
+        # Who still works keeps its leases, and hears that it was fenced.
+        self._stack.callback(self._end_pulse)
+        self._stack.callback(lambda: self.runner.drain(self._grace_s))
+        if self.hints is not None:
+            self.hints.start()
+            self._stack.callback(self.hints.stop)
+        if 'manager' in self.conf.roles:
+            self._start_manager()
+        if 'api' in self.conf.roles:
+            self._start_api()
 
     def _note_exporters(self) -> None:
         """Keep in mind what may serve hosts on this machine.

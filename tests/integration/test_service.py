@@ -4,6 +4,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 import unittest
@@ -251,6 +252,22 @@ class Drains(ServiceCase):
         service.start()
         service.wait(volume_id, 'available')
         self.holds(service, volume_id)
+
+    def test_who_cannot_start_leaves_his_jobs_to_the_next(self):
+        service, _ = self.slow(60, rate=40000)
+        service.kill()
+        with socket.create_server(('127.0.0.1', 0)) as taken:
+            with open(service.conf_file) as f:
+                text = f.read()
+            with open(service.conf_file, 'w') as f:
+                port = taken.getsockname()[1]
+                f.write(text.replace('port = 0', f'port = {port}'))
+            self.assertIn('cannot listen', self.refusal(service))
+        self.assertEqual(
+            [('open', 0.0)],
+            self.ask(service, 'SELECT state, expires_at FROM jobs'),
+        )
+        self.assertEqual([], self.ask(service, 'SELECT * FROM services'))
 
     def test_who_drains_is_heard_of_and_hears_that_it_was_fenced(self):
         service, _ = self.slow(60, rate=300000, extra='lease_s = 1\n')
