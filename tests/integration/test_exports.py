@@ -48,6 +48,18 @@ def run(*argv: str) -> str:
     ).stdout
 
 
+def mounted_device() -> str:
+    """Return a block device that is mounted here; nothing if none is."""
+    with open('/proc/self/mountinfo') as f:
+        for line in f:
+            major, _, minor = line.split(' ')[2].partition(':')
+            name = os.path.realpath(f'/sys/dev/block/{major}:{minor}')
+            path = f'/dev/{os.path.basename(name)}'
+            if os.path.exists(name) and os.path.exists(path):
+                return path
+    return ''
+
+
 @contextlib.contextmanager
 def opened(path: str, *flags: str) -> Iterator[None]:
     """Have a QEMU of this user that has a raw file open."""
@@ -388,6 +400,76 @@ class LocalExporterTest(Claims, ExportsCase):
         ))
         self.assertEqual(self.path, connection.fields['path'])
 
+    def test_device_keeps_the_name_that_its_storage_gave_it(self) -> None:
+        device = mounted_device()
+        if not device:
+            self.skipTest('no device is mounted here that has a name')
+        name = os.path.join(self.root, 'vg-volume')
+        os.symlink(device, name)
+        for source in (
+            model.Device(name, True),
+            {'driver': 'raw', 'file': {
+                'driver': 'host_device', 'filename': name,
+            }},
+        ):
+            with self.subTest(source):
+                connection = self.exporter().export(wanted(
+                    self.own_id, source, HOST, READ
+                ))
+                self.assertEqual(name, connection.fields['path'])
+        # After a start of the machine its number is another's, perhaps.
+        os.unlink(name)
+        os.symlink('/dev/null', name)
+        self.assertEqual(name, self.exporter().export(wanted(
+            self.own_id, model.Device(name, True), HOST, READ
+        )).fields['path'])
+
+    def test_device_that_went_with_the_machine_s_start_is_made_again(
+        self
+    ) -> None:
+        self.exporter().export(wanted(
+            self.own_id, model.Device('/dev/null', True), HOST, WRITE
+        ))
+        self.assertEqual({self.own_id}, self.exporter().exported())
+        self.rewrite(path='/dev/mapper/no-such-volume')
+        self.assertEqual(set(), self.exporter().exported())
+
+    def test_record_by_an_older_name_of_the_same_file_is_renewed(
+        self
+    ) -> None:
+        pointer = os.path.join(self.root, 'pointer')
+        os.symlink(self.path, pointer)
+        self.exporter().export(wanted(
+            self.own_id, self.source(), HOST, WRITE
+        ))
+        self.rewrite(path=pointer)
+        for _ in range(2):
+            self.exporter().export(wanted(
+                self.own_id, self.source(), HOST, WRITE
+            ))
+        with open(self.record()) as f:
+            self.assertEqual(self.path, json.load(f)['path'])
+
+    def test_device_that_is_mounted_is_not_taken_away(self) -> None:
+        device = mounted_device()
+        if not device or os.getuid():
+            self.skipTest('not root, or no device is mounted here')
+        self.exporter().export(wanted(
+            self.own_id, model.Device(device, True), HOST, WRITE
+        ))
+        with self.assertRaisesRegex(errors.Busy, 'mounted on'):
+            self.exporter().unexport(self.own_id)
+        self.assertEqual({self.own_id}, self.exporter().exported())
+
+    def record(self) -> str:
+        return os.path.join(self.root, 'local', f'{self.own_id}.json')
+
+    def rewrite(self, **fields: str) -> None:
+        with open(self.record()) as f:
+            there = json.load(f)
+        with open(self.record(), 'w') as f:
+            json.dump({**there, **fields}, f)
+
     def test_block_node_of_one_file_is_a_path(self) -> None:
         node = {
             'driver': 'raw', 'file': {'driver': 'file', 'filename': self.path}
@@ -483,12 +565,12 @@ class LocalExporterTest(Claims, ExportsCase):
     def test_broken_record_is_corrupt_and_kept(self) -> None:
         exporter = self.exporter()
         exporter.export(wanted(self.own_id, self.source(), HOST, WRITE))
-        record = os.path.join(self.root, 'local', f'{self.own_id}.json')
-        with open(record, 'w') as f:
+        with open(self.record(), 'w') as f:
             f.write('{')
+        self.assertEqual({self.own_id}, exporter.exported())
         with self.assertRaises(errors.Corrupt):
             exporter.unexport(self.own_id)
-        self.assertTrue(os.path.exists(record))
+        self.assertTrue(os.path.exists(self.record()))
 
     def test_path_that_is_gone_is_not_found_by_the_host(self) -> None:
         connection = self.exporter().export(wanted(

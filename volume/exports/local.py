@@ -5,6 +5,9 @@ Nothing stands between the host and the file, so nothing can end a session
 for it: ``unexport`` is Busy while a process has the path open. It sees all
 processes of its own user, and those of QEMU whoever runs them. What is
 exported stands in one small record an attachment, which outlives the service.
+
+A device is told by the name that its storage gave it, and never as what that
+leads to: numbers of devices are given anew when the machine starts.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from volume.exports.base import Source
 from volume.node import Node
 
 SUFFIX = '.json'
+DEVICES = '/dev/'
 
 
 class LocalExporter(Exporter):
@@ -53,7 +57,7 @@ class LocalExporter(Exporter):
             'path': path, 'format': format_name, 'access': access.value,
         }
         there = self._record(attachment_id)
-        if there is None:
+        if there is None or (there != record and _is_same(there, record)):
             self.node.make_directory(self._directory)
             self.node.write(
                 self._path(attachment_id), json.dumps(record).encode()
@@ -72,7 +76,7 @@ class LocalExporter(Exporter):
             return
         path = str(there.get('path', ''))
         others = (
-            self._record(each) for each in self.exported()
+            self._record(each) for each in self._recorded()
             if each != attachment_id
         )
         if path and not any(
@@ -82,6 +86,16 @@ class LocalExporter(Exporter):
         self.node.unlink(self._path(attachment_id))
 
     def exported(self) -> set[str]:
+        # A device does not outlive the machine: it is to be made again.
+        return {
+            each for each in self._recorded()
+            if not (path := self._path_of(each)).startswith(DEVICES)
+            or self.node.exists(path)
+        }
+
+    # Ours alone.
+
+    def _recorded(self) -> set[str]:
         try:
             names = self.node.list(self._directory)
         except errors.NotFound:
@@ -92,7 +106,12 @@ class LocalExporter(Exporter):
         )
         return {name for name in found if ids.is_id(name)}
 
-    # Ours alone.
+    def _path_of(self, attachment_id: str) -> str:
+        """Return what was told; nothing if it is not known."""
+        try:
+            return str((self._record(attachment_id) or {}).get('path', ''))
+        except errors.Corrupt:
+            return ''  # said to whoever wants to end it
 
     @property
     def _directory(self) -> str:
@@ -107,6 +126,14 @@ class LocalExporter(Exporter):
 
         :raises Busy: one has
         """
+        if self.node.is_block(path):
+            # A mount, or another device over it, is no process.
+            if users := self.node.users(path):
+                raise errors.Busy(
+                    f'{path} is in use ({", ".join(users):.300}): end that '
+                    'first, a path cannot be taken away from it'
+                )
+            return
         name, target = os.path.basename(path), os.path.realpath(path)
         pid = self.node.act(f'probe {name}', lambda: (
             self.node.blocking(lambda: _opener(target))
@@ -133,15 +160,32 @@ class LocalExporter(Exporter):
         return found if isinstance(found, dict) else {}
 
 
+def _is_same(
+    there: Mapping[str, object], record: Mapping[str, object]
+) -> bool:
+    """Say whether both are of one file now, by whatever name."""
+    one, two = (
+        {**each, 'path': os.path.realpath(str(each.get('path', '')))}
+        for each in (there, record)
+    )
+    return one == two
+
+
 def _plain(source: Source) -> tuple[str, str]:
-    """Return path and format of what one file holds whole.
+    """Return path and format of what one file or device holds whole.
+
+    A pointer to a file may move while the host has it; the name of a device
+    is all that leads to it always.
 
     :raises Unsupported: it is more than one file, or none
     """
     if isinstance(source, model.Device):
-        return os.path.realpath(source.path), source.format
+        path = source.path if source.is_block else os.path.realpath(
+            source.path)
+        return path, source.format
     layer = blockgraph.parse(source)
-    if layer.file['driver'] not in ('file', 'host_device'):
+    driver = layer.file['driver']
+    if driver not in ('file', 'host_device'):
         raise errors.Unsupported(
             'the volume is no file of this node, and cannot be attached '
             'locally; use the nbd exporter'
@@ -151,7 +195,16 @@ def _plain(source: Source) -> tuple[str, str]:
             f'{layer.filename} is one layer of a volume, and a path cannot '
             'say so; use the nbd exporter'
         )
-    return layer.filename, layer.driver
+    path = _filename(source) if driver == 'host_device' else layer.filename
+    return path, layer.driver
+
+
+def _filename(source: Mapping[str, Any]) -> str:
+    """Return the file of a block node that has one, as it was given."""
+    at: Any = source
+    while 'filename' not in at:
+        at = at['file']
+    return str(at['filename'])
 
 
 def _opener(target: str) -> int | None:
