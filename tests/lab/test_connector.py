@@ -492,6 +492,27 @@ class MultipathTest(IscsiConnectorTest):
             self.guest.run('dmsetup', 'message', path, '0',
                            'fail_if_no_path')
 
+    def test_a_map_of_an_ended_attachment_comes_to_life_by_no_other(self):
+        ended = self.target()
+        path = self.attach(ended)
+        anew = self.target(volume_id=ended.volume_id)
+        with self.open(path):
+            self.targets.end(ended)
+            self.await_stray()
+            with self.assertRaisesRegex(errors.Busy, 'cat'):
+                self.connector.attach(anew.connection)
+            self.assertFalse(self.is_up(anew))
+        self.attach(anew)
+        wwid = f'3{identity.scsi_naa(ended.volume_id)}'
+        joined = multipath.of(self.node, wwid)
+        self.assertEqual(
+            sorted(joined.paths), sorted(
+                name for each in open_iscsi.sessions(self.node)
+                if each.target == anew.name for name in each.names
+            ),
+        )
+        self.connector.detach(anew.connection)
+
     def test_a_map_that_comes_as_its_disk_is_let_go_of_is_ended_as_well(
         self
     ):

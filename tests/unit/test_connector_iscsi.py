@@ -5,11 +5,15 @@ import os
 import shutil
 import unittest
 
+from volume import errors
+from volume import identity
 from volume import ids
 from volume import model
+from volume.connector import multipath
 from volume.connector.iscsi import IscsiConnector
 from volume.connector.open_iscsi import SESSIONS
 from volume.machine import ops
+from volume.node import CommandFailed
 from volume.node import Node
 from volume.testing import fixtures
 
@@ -26,8 +30,12 @@ CONNECTION = model.Connection('iscsi', {
 class HostNode(Node):
     """A host with one session and its disk, of which a map may be made."""
 
+    is_busy = False  # and gives the number of what ends to another at once
+
     def __init__(self, state_dir):
         super().__init__(state_dir)
+        self.in_use = {}
+        self.said = []
         self.before_users = None  # what happens before they are looked for
         self.make(f'{SESSION}/targetname', TARGET)
         self.make(f'{SESSION}/state', 'LOGGED_IN')
@@ -40,11 +48,11 @@ class HostNode(Node):
         with open(self.here(path), 'w') as f:
             f.write(text)
 
-    def make_map(self):
+    def make_map(self, wwid='one'):
         self.make(f'{DISK}/holders/dm-0')
         self.make('/sys/block/dm-0/slaves/sda')
         self.make('/sys/block/dm-0/dm/name', 'one')
-        self.make('/sys/block/dm-0/dm/uuid', 'mpath-one')
+        self.make('/sys/block/dm-0/dm/uuid', f'mpath-{wwid}')
         self.make('/dev/mapper/one')
 
     def remove(self, *paths):
@@ -69,7 +77,15 @@ class HostNode(Node):
     def open(self, path, mode='rb'):
         return super().open(self.here(path), mode)
 
+    def about(self, path):
+        return super().about(self.here(path))
+
+    def readlink(self, path):
+        return super().readlink(self.here(path))
+
     def users(self, path, known=()):
+        if path in self.in_use:
+            return self.in_use[path]
         if self.before_users:
             happens, self.before_users = self.before_users, None
             happens()
@@ -79,10 +95,16 @@ class HostNode(Node):
         return []
 
     def run(self, *argv, **options):
+        self.said.append(argv)
         if argv == ('multipath', '-f', 'one'):
             self.remove(
                 f'{DISK}/holders/dm-0', '/sys/block/dm-0', '/dev/mapper/one'
             )
+            if self.is_busy:
+                self.make('/sys/block/dm-0/dm/name', 'other')
+                self.make('/sys/block/dm-0/dm/uuid', 'LVM-other')
+        if argv[0] == 'iscsiadm' and '--op' in argv:
+            raise CommandFailed(argv, 6, 'no')
         if argv[-1] == '--logout':
             self.remove(SESSION)
         return ''
@@ -113,3 +135,91 @@ class LettingGo(unittest.TestCase):
         self.connector.detach(CONNECTION)
         self.assertIsNone(self.node.before_users, 'no map has come')
         self.assert_nothing_left()
+
+    def test_a_map_whose_number_is_another_s_by_now_has_ended(self):
+        self.node.is_busy = True
+        self.node.make_map()
+        self.connector.detach(CONNECTION)
+        self.assertEqual(1, self.node.said.count(('multipath', '-f', 'one')))
+        self.assertTrue(self.node.exists('/sys/block/dm-0'))
+
+    def test_a_disk_whose_name_is_another_s_by_now_stays(self):
+        def happens():
+            self.node.remove(f'{LUN}/block/sda')
+
+        self.node.before_users = happens
+        self.connector.detach(CONNECTION)
+        self.assertTrue(self.node.exists(f'{DISK}/device/delete'))
+
+    def test_a_disk_that_goes_by_itself_is_gone(self):
+        self.node.remove(f'{DISK}/device/delete')
+        self.connector.detach(CONNECTION)
+        self.assertFalse(self.node.exists(SESSION))
+
+
+class Maps(unittest.TestCase):
+
+    def test_a_link_that_leads_elsewhere_still_is_no_map_s_path(self):
+        node = HostNode(fixtures.state_dir(self))
+        node.make_map()
+        found, = multipath.over(node, ['sda'])
+        node.remove('/dev/mapper/one')
+        os.symlink('../dm-7', node.here('/dev/mapper/one'))
+        self.assertFalse(multipath._leads_to(node, found))
+        node.remove('/dev/mapper/one')
+        self.assertFalse(multipath._leads_to(node, found))
+        os.symlink('../dm-0', node.here('/dev/mapper/one'))
+        self.assertEqual('/dev/mapper/one', multipath.path_of(node, found))
+
+
+class Former(unittest.TestCase):
+    """The volume was attached before, and that access was ended."""
+
+    def setUp(self):
+        self.node = HostNode(fixtures.state_dir(self))
+        self.node.make(f'{SESSION}/state', 'FAILED')
+        self.node.make_map(f'3{identity.scsi_naa(VOLUME)}')
+        self.connector = IscsiConnector(self.node)
+        self.anew = model.Connection('iscsi', {
+            **CONNECTION.fields,
+            'target_iqn': TARGET.rpartition('.')[0] + f'.{ids.new()}',
+        })
+
+    def attach(self, connection):
+        # There is no iscsiadm that would log in.
+        with self.assertRaises(errors.Unavailable):
+            self.connector.attach(connection)
+
+    def test_its_map_and_session_are_ended_before_there_is_a_new_path(self):
+        self.attach(self.anew)
+        self.assertFalse(self.node.exists('/sys/block/dm-0'))
+        self.assertFalse(self.node.exists(SESSION))
+        said = [argv[-1] for argv in self.node.said]
+        self.assertLess(said.index('--logout'), said.index('new'))
+
+    def test_its_map_is_ended_also_without_any_path(self):
+        self.node.remove('/sys/block/dm-0/slaves/sda')
+        self.attach(self.anew)
+        self.assertFalse(self.node.exists('/sys/block/dm-0'))
+
+    def test_while_it_is_used_the_volume_is_not_attached_anew(self):
+        for device in '/dev/mapper/one', '/dev/dm-0':
+            self.node.in_use[device] = ['mounted on /srv']
+        for _ in range(2):
+            with self.assertRaisesRegex(errors.Busy, 'mounted on /srv'):
+                self.connector.attach(self.anew)
+            self.assertTrue(self.node.exists('/sys/block/dm-0'))
+            self.assertTrue(self.node.exists(SESSION))
+            self.assertEqual([], self.node.said)
+            self.node.remove('/sys/block/dm-0/slaves')
+            self.node.make('/sys/block/dm-0/slaves/none')
+            self.node.remove('/sys/block/dm-0/slaves/none')
+
+    def test_another_attachment_that_lives_keeps_its_map(self):
+        self.node.make(f'{SESSION}/state', 'LOGGED_IN')
+        self.attach(self.anew)
+        self.assertTrue(self.node.exists('/sys/block/dm-0'))
+
+    def test_the_same_attachment_keeps_its_map(self):
+        self.attach(CONNECTION)
+        self.assertTrue(self.node.exists('/sys/block/dm-0'))

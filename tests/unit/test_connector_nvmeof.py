@@ -61,6 +61,28 @@ class HostNode(Node):
         ]
 
 
+class BusyNode(HostNode):
+    """A host on which the name of what ends is given to another at once."""
+
+    refuses = False
+    ended = 0
+
+    def next(self):
+        self.make(f'{CONTROLLER}/subsysnqn', f'{NQN}-other')
+
+    def configure(self, wanted):
+        if wanted[0].path == f'{CONTROLLER}/delete_controller':
+            self.ended += 1
+            self.next()
+            if self.refuses:
+                raise errors.Unknown('cannot put: No such device')
+            return [None]
+        return super().configure(wanted)
+
+    def exists(self, path):
+        return os.path.exists(self.here(path))
+
+
 class Bare(Node):
     """A host without kmod, whose kernel has not loaded anything."""
 
@@ -103,3 +125,29 @@ class Growing(unittest.TestCase):
         os.unlink(self.node.here(f'{CONTROLLER}/subsysnqn'))
         with self.assertRaises(errors.NotFound):
             self.connector.extend(CONNECTION)
+
+
+class Ending(unittest.TestCase):
+
+    def setUp(self):
+        self.node = BusyNode(fixtures.state_dir(self))
+        self.ours, = nvme_host.controllers(self.node)
+
+    def test_a_name_that_is_another_s_by_now_has_ended(self):
+        nvme_host.disconnect(self.node, self.ours)
+        self.assertEqual(1, self.node.ended)
+
+    def test_another_that_has_the_name_is_not_ended(self):
+        self.node.next()
+        nvme_host.disconnect(self.node, self.ours)
+        self.assertEqual(0, self.node.ended)
+
+    def test_what_the_kernel_ends_by_itself_has_ended(self):
+        self.node.refuses = True
+        nvme_host.disconnect(self.node, self.ours)
+
+    def test_what_is_there_still_is_told(self):
+        self.node.refuses = True
+        self.node.next = lambda: None
+        with self.assertRaises(errors.Unknown):
+            nvme_host.disconnect(self.node, self.ours)

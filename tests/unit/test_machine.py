@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -97,6 +99,28 @@ class ConfigureTest(MachineCase):
                 Op.mkdir(first), Op.mkdir(missing), Op.mkdir(last),
             ])
         self.assertEqual(['first'], os.listdir(self.root))
+
+    def test_what_goes_as_it_is_looked_at_is_not_there(self) -> None:
+        # The kernel's own files, of an object that has gone since.
+        for base in '/sys/fs/cgroup', '/sys/fs/cgroup/cpu':
+            group = f'{base}/volume-{os.getpid()}'
+            with contextlib.suppress(OSError):
+                os.mkdir(group)
+                if os.path.exists(f'{group}/cgroup.procs'):
+                    break
+                os.rmdir(group)
+        else:
+            self.skipTest('no control group can be made here')
+        try:
+            fd = os.open(f'{group}/cgroup.procs', os.O_RDONLY)
+        finally:
+            os.rmdir(group)
+        self.addCleanup(os.close, fd)
+        with self.assertRaises(OSError) as gone:
+            os.read(fd, 1)
+        self.assertEqual(errno.ENODEV, gone.exception.errno)
+        self.assertEqual(
+            [None], self.node.configure([Op.get(f'/proc/self/fd/{fd}')]))
 
     def test_link_that_points_elsewhere_is_a_conflict(self) -> None:
         link = self.path('l')

@@ -144,8 +144,11 @@ def remove(node: Node, names: Sequence[str]) -> None:
     """Take SCSI disks out of the kernel."""
     for name in names:
         path = f'/sys/block/{name}/device/delete'
-        if node.exists(path):
+        try:
             node.configure([Op.put(path, '1')])
+        except errors.VolumeError:
+            if node.exists(path):
+                raise  # else it has gone by itself
 
 
 def rescan(node: Node, names: Sequence[str]) -> None:

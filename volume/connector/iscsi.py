@@ -59,6 +59,7 @@ class IscsiConnector(base.Connector):
     def attach(self, connection: model.Connection) -> str:
         asked = Asked(connection)
         with self._alone(asked.volume_id), contextlib.ExitStack() as undo:
+            self._end_former(asked)
             had = self._sessions(asked.targets)
             undo.callback(self._back_out, asked, {
                 session.number for session in had
@@ -131,6 +132,36 @@ class IscsiConnector(base.Connector):
             self._let_go(stray.volume_id, targets, is_lost=True)
 
     # Attach.
+
+    def _end_former(self, asked: Asked) -> None:
+        """Let go of a map that ended attachments of the volume have left.
+
+        By the new path it would come to life again, with all that was to be
+        written when their access ended; and who uses it would go on.
+
+        :raises Busy: somebody uses it
+        """
+        wwid = f'3{identity.scsi_naa(asked.volume_id)}'
+        found = multipath.of(self.node, wwid)
+        if found is None:
+            return
+        sessions = open_iscsi.sessions(self.node)
+        alive = asked.targets.union(
+            each.target for each in sessions if each.is_up
+        )
+        dead = [each for each in sessions if each.target not in alive]
+        if set(found.paths).difference(self._names(dead)):
+            return  # it goes on by those, or is this attachment's own
+        if not found.paths:
+            disks.need_unused(
+                self.node, f'/dev/{found.device}', asked.volume_id
+            )
+            multipath.end(self.node, found)
+            return
+        self._let_go(asked.volume_id, {
+            each.target for each in dead
+            if not set(found.paths).isdisjoint(each.names)
+        }, is_lost=True)
 
     def _log_in(self, asked: Asked, had: Sequence[Session]) -> list[Session]:
         """Log in by as many ways as make sense, and return the sessions."""
@@ -271,7 +302,11 @@ class IscsiConnector(base.Connector):
             if not multipath.over(self.node, names):
                 raise
             self._free_all(volume_id, names, alive, is_lost)
-        disks.remove(self.node, alive)
+        # A disk that went by itself meanwhile has left its name to others.
+        disks.remove(self.node, [
+            name for name in self._names(self._sessions(targets))
+            if name in alive
+        ])
         for session in sessions:
             open_iscsi.log_out(self.node, session)
         for target in sorted(targets):

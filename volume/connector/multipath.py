@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from volume.node import Op
 MAP_S = 15.0
 POLL_S = 0.2
 UUID = 'mpath-'
+BLOCK = '/sys/block'
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,13 +50,28 @@ def is_running(node: Node) -> bool:
 def over(node: Node, disks: Sequence[str]) -> list[Map]:
     """Return the maps that have one of the disks as a path."""
     listed = node.configure([
-        Op.list(f'/sys/block/{disk}/holders') for disk in disks
+        Op.list(f'{BLOCK}/{disk}/holders') for disk in disks
     ])
     holders = sorted({
         name for names in listed if isinstance(names, list) for name in names
     })
     found = [_map(node, device) for device in holders]
     return [each for each in found if each is not None]
+
+
+def of(node: Node, wwid: str) -> Map | None:
+    """Return the map of a WWID, also one without any path."""
+    names, = node.configure([Op.list(BLOCK)])
+    maps = [
+        name for name in names if name.startswith('dm-')
+    ] if isinstance(names, list) else []
+    uuids = node.configure([
+        Op.get(f'{BLOCK}/{name}/dm/uuid') for name in maps
+    ])
+    for name, uuid in zip(maps, uuids, strict=True):
+        if uuid == f'{UUID}{wwid}':
+            return _map(node, name)
+    return None
 
 
 def gather(node: Node, wwid: str, disks: Sequence[str]) -> Map:
@@ -85,16 +102,16 @@ def gather(node: Node, wwid: str, disks: Sequence[str]) -> Map:
 
 
 def path_of(node: Node, found: Map) -> str:
-    """Return a map's path when udev has made it.
+    """Return a map's path when udev has made it, and it is this map's.
 
     :raises Unavailable: it makes none
     """
     late = time.monotonic() + MAP_S
-    while not node.exists(found.path):
+    while not _leads_to(node, found):
         if time.monotonic() > late:
             raise errors.Unavailable(
-                f'udev makes no {found.path}: see "udevadm info '
-                f'/sys/block/{found.device}"'
+                f'udev makes no {found.path} that leads to {found.device}: '
+                f'see "udevadm info /sys/block/{found.device}"'
             )
         time.sleep(POLL_S)
     return found.path
@@ -128,7 +145,7 @@ def end(node: Node, found: Map) -> None:
     # Its end would wait for what it keeps.
     fail(node, found)
     late = time.monotonic() + MAP_S
-    while node.exists(f'/sys/block/{found.device}/dm/name'):
+    while _is_there(node, found):
         try:
             node.run('multipath', '-f', found.name)
         except CommandFailed as failed:
@@ -151,8 +168,26 @@ def resize(node: Node, found: Map) -> None:
         ) from failed
 
 
+def _is_there(node: Node, found: Map) -> bool:
+    """Say whether a map is there still; its number is soon another's."""
+    uuid, = node.configure([Op.get(f'{BLOCK}/{found.device}/dm/uuid')])
+    return uuid == f'{UUID}{found.wwid}'
+
+
+def _leads_to(node: Node, found: Map) -> bool:
+    """Say whether a map's path is its device, and none that was before."""
+    there = node.about(found.path)
+    if there is None:
+        return False
+    if there.kind == 'link':
+        to = os.path.basename(node.readlink(found.path))
+        return to == found.device
+    number, = node.configure([Op.get(f'{BLOCK}/{found.device}/dev')])
+    return there.device == number
+
+
 def _map(node: Node, device: str) -> Map | None:
-    base = f'/sys/block/{device}'
+    base = f'{BLOCK}/{device}'
     name, uuid, paths = node.configure([
         Op.get(f'{base}/dm/name'), Op.get(f'{base}/dm/uuid'),
         Op.list(f'{base}/slaves'),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import time
@@ -148,11 +147,16 @@ def connect(
 
 def disconnect(node: Node, controller: Controller) -> None:
     """End a connection; a device without any other goes with it."""
-    path = f'{CONTROLLERS}/{controller.name}'
-    with contextlib.suppress(errors.NotFound):
-        node.configure([Op.put(f'{path}/delete_controller', '1')])
+    if not _is_there(node, controller):
+        return
+    path = f'{CONTROLLERS}/{controller.name}/delete_controller'
+    try:
+        node.configure([Op.put(path, '1')])
+    except errors.VolumeError:
+        if _is_there(node, controller):
+            raise  # else the kernel has ended it by itself
     late = time.monotonic() + SETTLE_S
-    while node.exists(path):
+    while _is_there(node, controller):
         if time.monotonic() > late:
             raise errors.Unavailable(
                 f'connection {controller.name} to {controller.nqn} is still '
@@ -167,6 +171,14 @@ def rescan(node: Node, found: Sequence[Controller]) -> None:
         Op.put(f'{CONTROLLERS}/{each.name}/rescan_controller', '1')
         for each in found
     ])
+
+
+def _is_there(node: Node, controller: Controller) -> bool:
+    """Say whether a connection is there; its name is soon another's."""
+    nqn, = node.configure([
+        Op.get(f'{CONTROLLERS}/{controller.name}/subsysnqn')
+    ])
+    return isinstance(nqn, str) and nqn.strip() == controller.nqn
 
 
 def _portal(address: str) -> Portal:

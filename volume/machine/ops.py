@@ -131,6 +131,11 @@ def _get(op: Op) -> str | None:
             data = f.read(GET_BYTES_MAX + 1)
     except FileNotFoundError:
         return None
+    except OSError as failed:
+        # As the kernel says of what goes between its opening and reading.
+        if failed.errno != errno.ENODEV:
+            raise
+        return None
     if len(data) > GET_BYTES_MAX:
         raise errors.Invalid(f'{op.path} is over {GET_BYTES_MAX} bytes')
     return data.decode(errors='replace').removesuffix('\n')
