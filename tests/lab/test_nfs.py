@@ -185,6 +185,19 @@ class NfsTest(exports.ExporterSuite, NfsCase):
         with self.assertRaises(errors.Unsupported):
             self.exporter.export(self.wanted(self.attachment(), source))
 
+    def test_what_the_tools_have_forgotten_and_the_server_not_is_ended(self):
+        attachment_id = self.attachment()
+        with self.session(self.export(attachment_id)) as session:
+            session.read(0, 4096)
+            # As a tool leaves it that was ended between its two deeds.
+            self.guest.run(
+                'sed', '-i', f'/{attachment_id}/d', '/var/lib/nfs/etab')
+            self.assertNotIn(attachment_id, self.exporter.exported())
+            session.read(0, 4096)
+            self.exporter.unexport(attachment_id)
+            with self.assertRaises(OSError):
+                session.read(0, 4096)
+
     def test_nothing_of_an_attachment_is_left(self):
         before = self.guest.run('find', POOL, '-name', 'volume-*')
         attachment_id = self.attachment()

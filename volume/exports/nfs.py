@@ -7,9 +7,10 @@ somebody without rights, ``nfs_uid``, to whom the file belongs from then on;
 the directory does not, so that a host makes no files of its own.
 
 With the export goes all access: the server looks at it before each request,
-also for a file that is open. Which exports there are is asked of the server;
-where an attachment's directory is stands in a link, for what has a directory
-and is not exported yet, or no more.
+also for a file that is open. Which exports there are is asked of the server's
+tools, and at the end of one of the server itself, which remembers what it was
+told. Where an attachment's directory is stands in a link, for what has a
+directory and is not exported yet, or no more.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ PLAIN = re.compile(r'/[A-Za-z0-9/._@+-]+')
 LINE = re.compile(r'(/\S+)\s+(\S+?)\((.*)\)')
 STATE = re.compile(r'superblock: "([0-9a-f:]+)"')
 NOBODY = 65534
+TABLE_BYTES_MAX = 64 << 20
+TRIES = 3
 
 OPTIONS: tuple[cfg.Opt, ...] = (
     cfg.StrOpt(
@@ -143,6 +146,7 @@ class NfsExporter(Exporter):
             if there is None:
                 return
             directory = there.path
+        self._forget(directory)
         self._clear(directory)
         self.node.unlink(link)
 
@@ -162,7 +166,7 @@ class NfsExporter(Exporter):
         """Return by attachment what the server has of ours."""
         found = {}
         for line in self.node.run(
-            'exportfs', '-s', output_bytes_max=64 << 20
+            'exportfs', '-s', output_bytes_max=TABLE_BYTES_MAX
         ).splitlines():
             match = LINE.match(line)
             if not match:
@@ -229,7 +233,35 @@ class NfsExporter(Exporter):
             found.append(f'{major:02x}:{minor:02x}:{inode}')
         return found
 
+    def _is_known(self, directory: str) -> bool:
+        """Say whether the server itself has it, whatever its tools say."""
+        try:
+            said = self.node.read(f'{SERVER}/exports', TABLE_BYTES_MAX)
+        except errors.NotFound:
+            return False  # there is no server
+        return any(
+            line.startswith(f'{directory}\t')
+            for line in said.decode(errors='replace').splitlines()
+        )
+
     # Ours alone: deeds.
+
+    def _forget(self, directory: str) -> None:
+        """Have the server itself forget what is exported no more.
+
+        It keeps what its daemon has answered it: who was ended before he
+        had it forgotten, or an answer that came late, leaves it there.
+
+        :raises Unknown: it does not forget it
+        """
+        for _ in range(TRIES):
+            if not self._is_known(directory):
+                return
+            self.node.run('exportfs', '-f')
+        raise errors.Unknown(
+            f'the NFS server still serves {directory}, which is exported no '
+            'more (/proc/fs/nfsd/exports)'
+        )
 
     def _put(self, directory: str, name: str, path: str) -> None:
         """Have the volume, and nothing else, in the directory.

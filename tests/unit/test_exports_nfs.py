@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an export of NFS ends; tables in memory stand for the kernel's."""
+
+import os
+import types
+import unittest
+
+from volume import errors
+from volume import ids
+from volume import model
+from volume.commands import CommandFailed
+from volume.exports.base import Export
+from volume.exports.nfs import NfsExporter
+from volume.exports.nfs import SERVER
+from volume.node import Node
+from volume.testing import fixtures
+
+SIZE = 4096
+
+
+class ServerNode(Node):
+    """A server: its tools' table, and what the kernel remembers of that."""
+
+    dies = False  # the tool, when it has written the table
+    answers_late = 0  # how often the daemon does, with what was there before
+    never_forgets = False
+
+    def __init__(self, state_dir):
+        super().__init__(state_dir)
+        self.table, self.kernel = {}, {}
+
+    def read(self, path, bytes_max=1 << 20):
+        if path == f'{SERVER}/threads':
+            return b'8'
+        if path == f'{SERVER}/exports':
+            return ''.join(
+                f'{directory}\t{client}(rw,sync)\n'
+                for directory, client in self.kernel.items()
+            ).encode()
+        return super().read(path, bytes_max)
+
+    def run(self, *argv, **options):
+        if argv[0] == 'exportfs':
+            return self.exportfs(*argv[1:]) or ''
+        if argv[0] == 'stat':
+            return super().run(*argv, **options)
+        return ''  # whose it is
+
+    def exportfs(self, option, *words):
+        if option == '-s':
+            return ''.join(
+                f'{directory}  {client}(rw,sync)\n'
+                for directory, client in self.table.items()
+            )
+        if option == '-o':
+            client, _, directory = words[-1].partition(':')
+            # And the host comes.
+            self.table[directory] = self.kernel[directory] = client
+            return None
+        before = dict(self.kernel)
+        if option == '-u':
+            del self.table[words[0].partition(':')[2]]
+            if self.dies:
+                self.dies = False
+                raise CommandFailed(['exportfs'], -15, '')
+        self.kernel.clear()
+        if self.answers_late:
+            self.answers_late -= 1
+            self.kernel.update(before)
+        if self.never_forgets:
+            self.kernel.update(before)
+        return None
+
+
+class Ending(unittest.TestCase):
+
+    def setUp(self):
+        self.root = fixtures.state_dir(self)
+        self.node = ServerNode(self.root)
+        self.exporter = NfsExporter(types.SimpleNamespace(
+            nfs_address='192.0.2.1', nfs_uid=65534,
+        ), self.node)
+        self.exporter.check()
+        self.path = os.path.join(os.path.realpath(self.root), 'volume')
+        with open(self.path, 'wb') as f:
+            f.truncate(SIZE)
+        self.attachment, volume = ids.new(), ids.new()
+        self.exporter.export(Export(
+            self.attachment, volume, model.Device(self.path, False),
+            model.Host('one', addresses=('192.0.2.2',)), model.Access.WRITE,
+            SIZE,
+        ))
+        self.assertEqual({self.attachment}, self.exporter.exported())
+
+    def assert_ended(self):
+        self.assertEqual({}, self.node.kernel)
+        self.assertEqual(set(), self.exporter.exported())
+        self.assertFalse(os.path.exists(
+            os.path.join(os.path.dirname(self.path), '.exports',
+                         self.attachment)
+        ))
+
+    def test_the_server_itself_has_nothing_of_it_any_more(self):
+        self.exporter.unexport(self.attachment)
+        self.assert_ended()
+
+    def test_what_was_ended_before_the_server_forgot_is_forgotten_next(self):
+        self.node.dies = True
+        with self.assertRaises(CommandFailed):
+            self.exporter.unexport(self.attachment)
+        self.assertNotEqual({}, self.node.kernel)
+        self.exporter.unexport(self.attachment)
+        self.assert_ended()
+
+    def test_an_answer_that_comes_late_is_forgotten_as_well(self):
+        self.node.answers_late = 2
+        self.exporter.unexport(self.attachment)
+        self.assert_ended()
+
+    def test_a_server_that_does_not_forget_has_not_ended_it(self):
+        self.node.never_forgets = True
+        with self.assertRaisesRegex(errors.Unknown, 'still serves'):
+            self.exporter.unexport(self.attachment)
+        # The next one goes on from there.
+        self.node.never_forgets = False
+        self.exporter.unexport(self.attachment)
+        self.assert_ended()
