@@ -11,6 +11,7 @@ import unittest
 from volume import errors
 from volume import ids
 from volume import model
+from volume.cli import hostside
 from volume.connector import here
 from volume.connector import iscsi_paths
 from volume.connector import naming
@@ -250,6 +251,18 @@ class Lamp(Connector):
         return iter(self.left)
 
 
+class Service:
+    """What is asked to end an access."""
+
+    def __init__(self, *fails):
+        self.fails, self.deleted = fails, []
+
+    def delete(self, path):
+        self.deleted.append(path)
+        for each in self.fails:
+            raise each
+
+
 @unittest.skipIf(os.getuid(), 'this user is not root')
 class Notes(unittest.TestCase):
 
@@ -277,6 +290,23 @@ class Notes(unittest.TestCase):
         self.assertEqual((VOLUME, 'there'), (note.volume_id, note.origin))
         self.kept.detach(self.connection, ATTACHMENT)
         self.assertEqual([], self.notes())
+
+    def test_what_this_host_has_by_another_name_is_ended_at_the_service(
+        self
+    ):
+        for gone in (), (errors.NotFound('ended'),):
+            self.kept.attach(self.connection, ATTACHMENT)
+            (note,) = self.kept.notes()
+            service = Service(*gone)
+            hostside._end_noted(service, self.kept, note)
+            self.assertEqual([f'/attachments/{ATTACHMENT}'], service.deleted)
+            self.assertEqual(([], False), (self.notes(), self.lamp.is_on))
+        self.kept.attach(self.connection, ATTACHMENT)
+        self.lamp.fails = errors.Busy('it shines')
+        service = Service()
+        with self.assertRaises(errors.Busy):
+            hostside._end_noted(service, self.kept, note)
+        self.assertEqual([], service.deleted)
 
     def test_no_secret_is_noted(self):
         self.kept.attach(self.connection, ATTACHMENT)

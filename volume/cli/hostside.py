@@ -25,6 +25,7 @@ from volume.cli import parser
 from volume.cli import show
 from volume.cli import values
 from volume.cli import volumes
+from volume.cli.client import Client
 from volume.cli.client import Json
 from volume.cli.parser import Verbs
 from volume.cli.values import Usage
@@ -149,8 +150,11 @@ def detach(session: Session, args: argparse.Namespace) -> None:
     }
     ending = _ending(session, args, volume_id, noted)
     for each in ending:
+        note = noted.pop(each['id'], None)
+        connection = note.connection if note else None
         if info := each['connection_info']:
             connection = here.connection(info)
+        if connection:
             try:
                 kept.detach(connection, each['id'])
             except errors.Unsupported:
@@ -159,15 +163,23 @@ def detach(session: Session, args: argparse.Namespace) -> None:
                     raise
         with contextlib.suppress(errors.NotFound):
             client.delete(f'/attachments/{each["id"]}')
-        noted.pop(each['id'], None)
     if not (args.attachment or args.host):
-        # Whose access was ended without this host.
         for note in noted.values():
-            kept.detach(note.connection, note.attachment_id)
+            _end_noted(client, kept, note)
     show.done(
         volumes.get(session, volume_id),
         f'volume {args.volume} is detached', session.format,
     )
+
+
+def _end_noted(client: Client, kept: Kept, note: Note) -> None:
+    """End what this host has, and the service did not say that it has.
+
+    Its access was ended without this host; or it was given another name.
+    """
+    kept.detach(note.connection, note.attachment_id)
+    with contextlib.suppress(errors.NotFound):
+        client.delete(f'/attachments/{note.attachment_id}')
 
 
 def shown_of(row: Json) -> dict[str, Any]:
