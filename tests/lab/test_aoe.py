@@ -117,6 +117,24 @@ class AoeTest(exports_case.DeviceCase):
         with self.assertRaises(lab.Failed):
             session.read(0, SIZE)
 
+    def test_device_that_was_another_s_goes_unless_somebody_has_it_open(
+        self
+    ):
+        _, _, made = self.export_for(self.mac)
+        path = self.kernel.attach(made)
+        with self.guest.start(
+            'sh', '-c', f'exec 3<{path}; echo; exec cat'
+        ) as holding:
+            holding.stdout.readline()
+            with self.assertRaisesRegex(errors.Busy, 'cat'):
+                self.kernel.clear(made)
+            self.assertEqual(path, self.kernel.present(made))
+            holding.stdin.close()
+        self.kernel.clear(made)
+        self.assertEqual('', self.kernel.present(made))
+        self.assertEqual(path, self.kernel.attach(made))
+        self.kernel.detach(made)
+
     def test_host_with_another_mac_finds_nothing(self):
         _, _, made = self.export_for('02:00:00:00:00:99')
         with self.assertRaises(errors.NotFound):

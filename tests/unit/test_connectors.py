@@ -227,11 +227,15 @@ class Lamp(Connector):
 
     def __init__(self, node):
         self.is_on = False
+        self.cleared = 0
         self.left = []
         self.fails: errors.VolumeError | None = None
 
     def host(self):
         return model.Host('lamp')
+
+    def clear(self, connection):
+        self.cleared += 1
 
     def attach(self, connection):
         if self.fails:
@@ -290,6 +294,21 @@ class Notes(unittest.TestCase):
         self.assertEqual((VOLUME, 'there'), (note.volume_id, note.origin))
         self.kept.detach(self.connection, ATTACHMENT)
         self.assertEqual([], self.notes())
+
+    def test_what_is_new_here_has_its_place_cleared_first_and_only_then(self):
+        for _ in range(2):
+            self.kept.attach(self.connection, ATTACHMENT)
+        self.assertEqual(1, self.lamp.cleared)
+
+    def test_what_has_its_place_taken_is_not_attached(self):
+        self.lamp.clear = lambda connection: self.fail_with(
+            errors.Busy('it shines for another'))
+        with self.assertRaises(errors.Busy):
+            self.kept.attach(self.connection, ATTACHMENT)
+        self.assertEqual(([], False), (self.notes(), self.lamp.is_on))
+
+    def fail_with(self, failure):
+        raise failure
 
     def test_what_this_host_has_by_another_name_is_ended_at_the_service(
         self

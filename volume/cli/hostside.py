@@ -151,12 +151,12 @@ def detach(session: Session, args: argparse.Namespace) -> None:
     ending = _ending(session, args, volume_id, noted)
     for each in ending:
         note = noted.pop(each['id'], None)
-        connection = note.connection if note else None
+        there = note.connection if note else None
         if info := each['connection_info']:
-            connection = here.connection(info)
-        if connection:
+            there = here.connection(info)
+        if there:
             try:
-                kept.detach(connection, each['id'])
+                kept.detach(there, each['id'])
             except errors.Unsupported:
                 # If it is another host's, there is nothing to let go here.
                 if not (args.host or args.attachment):

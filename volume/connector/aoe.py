@@ -52,7 +52,6 @@ class AoeConnector(Connector):
         if not self.node.exists(MODULE):
             self.node.load_modules('aoe')
         if self.node.exists(path):
-            # Perhaps of a volume that had this address before.
             self.node.run('aoe-revalidate', name)
         deadline = time.monotonic() + ANSWER_S
         while not self.node.exists(path):
@@ -74,6 +73,15 @@ class AoeConnector(Connector):
         disks.need_free(self.node, path, volume_id)
         disks.flush(self.node, path, volume_id)
         self.node.run('aoe-flush', name)
+
+    def clear(self, connection: model.Connection) -> None:
+        name, path = _names(connection)
+        if self.node.exists(path):
+            # Whoever has it open would go on, on this volume; and nothing is
+            # to be written now that was meant for another.
+            volume_id = str(connection.fields.get('volume_id', ''))
+            disks.need_free(self.node, path, volume_id)
+            self.node.run('aoe-flush', name)
 
     def present(self, connection: model.Connection) -> str:
         _, path = _names(connection)

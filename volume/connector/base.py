@@ -68,6 +68,15 @@ class Connector(abc.ABC):
         :raises Busy: something on this host has it open
         """
 
+    def clear(self, connection: model.Connection) -> None:
+        """Let go of what a former volume has left in this one's place.
+
+        Asked, before ``attach``, of what this host has no note of: where a
+        place is known by a number, that was another's before.
+
+        :raises Busy: somebody uses it
+        """
+
     def present(self, connection: model.Connection) -> str:
         """Return the path or URL if it is attached now; else nothing.
 

@@ -67,6 +67,8 @@ class Kept:
             return connector.attach(connection)
         note = Note(attachment_id, connection, ATTACHING, origin=origin)
         before = self._note(attachment_id)
+        if before is None:
+            connector.clear(connection)
         self._write(note)
         try:
             location = connector.attach(connection)
