@@ -36,9 +36,37 @@ for at in range(0, 250, 25):
     os.pwrite(f, os.urandom(4096), at << 20)
 os.fsync(f)
 '''
+# Leaves it in the page cache, and the device open, as tgtd does.
+CACHE = '''
+import os, sys
+f = os.open(sys.argv[1], os.O_RDWR)
+os.pwrite(f, bytes([int(sys.argv[2])]) * int(sys.argv[3]), 0)
+print('written', flush=True)
+sys.stdin.read()
+'''
 
 
-class ThickBytesTest(SmallCase, unittest.TestCase):
+class CachedCase(SmallCase):
+    """What a daemon has in the node's memory, and has told its host of."""
+
+    def check_snapshot_of_what_is_cached(self, made, volume):
+        snapshot = model.Snapshot(ids.new(), volume, volume.size_bytes)
+        with self.guest.start(
+            'python3', '-c', CACHE, self.map(made, volume), str(OWN),
+            str(volume.size_bytes),
+        ) as daemon:
+            self.assertEqual(b'written\n', daemon.stdout.readline())
+            made.snapshot(snapshot)
+            with made.reader(snapshot) as reader:
+                found = bytearray()
+                while part := reader.read(MIB):
+                    found += part
+            daemon.stdin.close()
+        self.assertEqual(bytes([OWN]) * volume.size_bytes, bytes(found))
+        made.delete_snapshot(snapshot)
+
+
+class ThickBytesTest(CachedCase, unittest.TestCase):
     """No byte of an earlier owner, wherever it may lie."""
 
     provisioning = 'thick'
@@ -87,6 +115,9 @@ class ThickBytesTest(SmallCase, unittest.TestCase):
         self.assertEqual(
             24 * MIB, self.driver.inspect(volume).size_bytes)
         self.assertEqual([f'volume-{volume.id}'], self.lvs())
+
+    def test_snapshot_has_what_a_daemon_has_not_stored_yet(self):
+        self.check_snapshot_of_what_is_cached(self.driver, self.volume())
 
     def test_nothing_of_a_deleted_volume_or_snapshot_is_left(self):
         volume = self.volume()
@@ -223,7 +254,7 @@ class ThickBytesTest(SmallCase, unittest.TestCase):
         self.driver.delete_snapshot(snapshot)
 
 
-class ThinPoolTest(SmallCase, unittest.TestCase):
+class ThinPoolTest(CachedCase, unittest.TestCase):
     """A pool that is nearly full, full, and looked into."""
 
     provisioning = 'thin'
@@ -237,6 +268,16 @@ class ThinPoolTest(SmallCase, unittest.TestCase):
             'lvcreate', '-T', '-L', '32m', '--poolmetadatasize', '2m',
             '--errorwhenfull', 'y', f'{self.group}/pool',
         )
+
+    def test_snapshot_has_what_a_daemon_has_not_stored_yet(self):
+        made, volume = self.make_driver(), self.wish(8 * MIB)
+        made.create(volume)
+        self.check_snapshot_of_what_is_cached(made, volume)
+        extents = list(made.extents(volume, None))
+        self.assertEqual([], [each for each in extents if each.is_zero])
+        self.assertEqual(
+            8 * MIB, sum(each.length_bytes for each in extents))
+        made.delete(volume)
 
     def test_full_pool_refuses_and_goes_on_when_it_was_extended(self):
         made = self.make_driver()
