@@ -157,6 +157,29 @@ class LettingGo(unittest.TestCase):
         self.assertFalse(self.node.exists(SESSION))
 
 
+class TwoSessions(unittest.TestCase):
+    """Without multipathd: one has died, and another portal was taken."""
+
+    def setUp(self):
+        self.node = HostNode(fixtures.state_dir(self))
+        self.connector = IscsiConnector(self.node)
+        second = f'{SESSIONS}/session2'
+        self.node.make(f'{SESSION}/state', 'FAILED')
+        self.node.make(f'{second}/targetname', TARGET)
+        self.node.make(f'{second}/state', 'LOGGED_IN')
+        self.node.make(
+            f'{second}/device/target1:0:0/1:0:0:0/block/sdb/size', '16')
+        self.node.make('/sys/block/sdb/size', '16')
+        self.node.make('/sys/block/sdb/device/rescan')
+        self.node.make(f'{DISK}/size', '8')
+
+    def test_the_disk_that_lives_is_where_the_volume_is(self):
+        self.assertEqual('/dev/sdb', self.connector.present(CONNECTION))
+
+    def test_the_disk_that_lives_is_asked_how_large_it_is(self):
+        self.assertEqual(16 * 512, self.connector.extend(CONNECTION))
+
+
 class Maps(unittest.TestCase):
 
     def test_a_link_that_leads_elsewhere_still_is_no_map_s_path(self):

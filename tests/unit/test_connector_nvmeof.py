@@ -127,6 +127,25 @@ class Growing(unittest.TestCase):
             self.connector.extend(CONNECTION)
 
 
+class TwoConnections(unittest.TestCase):
+    """Without multipath: one has died, and another portal was taken."""
+
+    def test_the_disk_that_lives_is_where_the_volume_is(self):
+        node = HostNode(fixtures.state_dir(self))
+        node.make(f'{CONTROLLER}/state', 'connecting')
+        for name, text in (
+            ('subsysnqn', NQN), ('state', 'live'), ('transport', 'tcp'),
+            ('address', 'traddr=192.0.2.2,trsvcid=4420'),
+            ('nvme1n1/size', ''),
+        ):
+            node.make(f'{nvme_host.CONTROLLERS}/nvme1/{name}', text)
+        node.make('/sys/block/nvme1n1/size', '32')
+        connector = NvmeConnector(node)
+        connector.grow_s = 0.0
+        self.assertEqual('/dev/nvme1n1', connector.present(CONNECTION))
+        self.assertEqual(32 * 512, connector.extend(CONNECTION))
+
+
 class Ending(unittest.TestCase):
 
     def setUp(self):

@@ -227,6 +227,7 @@ class Lamp(Connector):
 
     def __init__(self, node):
         self.is_on = False
+        self.path = '/dev/lamp'
         self.cleared = 0
         self.left = []
         self.fails: errors.VolumeError | None = None
@@ -241,7 +242,7 @@ class Lamp(Connector):
         if self.fails:
             raise self.fails
         self.is_on = True
-        return '/dev/lamp'
+        return self.path
 
     def detach(self, connection):
         if self.fails:
@@ -249,7 +250,7 @@ class Lamp(Connector):
         self.is_on = False
 
     def present(self, connection):
-        return '/dev/lamp' if self.is_on else ''
+        return self.path if self.is_on else ''
 
     def strays(self):
         return iter(self.left)
@@ -366,6 +367,12 @@ class Notes(unittest.TestCase):
         self.kept.attach(self.connection, ATTACHMENT)
         self.lamp.is_on = False
         self.assertEqual([(ATTACHMENT, 'gone', '/dev/lamp')], self.notes())
+
+    def test_what_has_come_anew_is_told_by_the_name_that_it_has_now(self):
+        self.kept.attach(self.connection, ATTACHMENT)
+        self.lamp.path = '/dev/other-lamp'
+        self.assertEqual(
+            [(ATTACHMENT, 'attached', '/dev/other-lamp')], self.notes())
 
     def test_of_what_is_there_only_some_protocols_know_that_it_is_dead(self):
         self.kept.attach(self.connection, ATTACHMENT)

@@ -75,7 +75,9 @@ class IscsiConnector(base.Connector):
             self._let_go(asked.volume_id, asked.targets)
 
     def present(self, connection: model.Connection) -> str:
-        names = self._names(self._sessions(Asked(connection).targets))
+        sessions = self._sessions(Asked(connection).targets)
+        # First those that live: a dead one's disk is there as well.
+        names = self._names(sorted(sessions, key=lambda each: not each.is_up))
         over = multipath.over(self.node, names)
         if over:
             return over[0].path
@@ -84,13 +86,17 @@ class IscsiConnector(base.Connector):
     def extend(self, connection: model.Connection) -> int:
         asked = Asked(connection)
         with self._alone(asked.volume_id):
-            names = self._names(self._sessions(asked.targets))
+            sessions = self._sessions(asked.targets)
+            names = self._names(sessions)
             if not names:
                 raise errors.NotFound(
                     f'volume {asked.volume_id} is not attached here'
                 )
-            disks.rescan(self.node, names)
             found = multipath.over(self.node, names)
+            if not found:  # of a dead one's disk nobody has any use
+                up = [each for each in sessions if each.is_up]
+                names = self._names(up) or names
+            disks.rescan(self.node, names)
             for each in found:
                 multipath.resize(self.node, each)
             device = found[0].device if found else names[0]

@@ -113,8 +113,8 @@ class Kept:
             note = self._note(name.removesuffix('.json'))
             if note is None:
                 continue
-            if note.state == ATTACHED and not self._is_there(note):
-                note = dataclasses.replace(note, state=GONE)
+            if note.state == ATTACHED:
+                note = self._as_it_is(note)
             yield note
 
     def strays(self) -> Iterator[Stray]:
@@ -158,12 +158,18 @@ class Kept:
             return True
         return not self._find(note.connection.protocol).knows_the_dead
 
-    def _is_there(self, note: Note) -> bool:
+    def _as_it_is(self, note: Note) -> Note:
+        """Return a note with where it is now: a disk may have come anew."""
         try:
             connector = self._find(note.connection.protocol)
-        except errors.Unsupported:
-            return True  # nobody can look
-        return _is_there(connector, note.connection)
+            location = connector.present(note.connection)
+        except errors.Invalid:
+            location = ''
+        except errors.VolumeError:
+            return note  # nobody can look
+        if not location:
+            return dataclasses.replace(note, state=GONE)
+        return dataclasses.replace(note, location=location)
 
     def _need(self, connection: model.Connection) -> Connector:
         connector = self._find(connection.protocol)

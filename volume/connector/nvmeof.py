@@ -224,10 +224,11 @@ class NvmeConnector(base.Connector):
             nvme_host.disconnect(self.node, each)
 
     def _controllers(self, nqn: str) -> list[Controller]:
-        return [
+        """Return the connections, those that live first."""
+        return sorted((
             each for each in nvme_host.controllers(self.node)
             if each.nqn == nqn
-        ]
+        ), key=lambda each: not each.is_up)
 
     def _identity(self) -> Identity:
         if self._who is None:
