@@ -3,6 +3,7 @@
 
 import os
 import unittest
+import uuid
 
 from tests import aoe
 from tests import iscsi
@@ -154,6 +155,27 @@ class AoeTest(exports.ExporterSuite, unittest.TestCase):
         found = [self.export(self.attachment()) for _ in range(8)]
         self.assertEqual({7}, {each.fields['shelf'] for each in found})
         self.assertEqual(8, len({each.fields['slot'] for each in found}))
+
+    def test_address_that_was_another_s_is_given_away_last(self):
+        # A host that was cut off writes on, to whoever answers there.
+        exporter = AoeExporter(self.settings(aoe_shelves='7-7'), self.node)
+        found = []
+        for number in range(30):
+            attachment_id = str(uuid.uuid5(uuid.NAMESPACE_OID, str(number)))
+            found.append(exporter._claim(attachment_id, {}))
+            exporter.unexport(attachment_id)
+        self.assertEqual(30, len(set(found)))
+        # All that it may have were others': the oldest, then.
+        last = str(uuid.uuid5(uuid.NAMESPACE_OID, 'last'))
+        at_s = {
+            address: 1000.0 - number for number, address
+            in enumerate(exporter._addresses(last))
+        }
+        for address, ended_s in at_s.items():
+            self.node.write(exporter._mark(address), b'')
+            os.utime(exporter._mark(address), (ended_s, ended_s))
+        self.assertEqual(
+            min(at_s, key=at_s.get), exporter._claim(last, {}))
 
     def test_abandoned_it_serves_nobody(self):
         connection = self.export(self.attachment())

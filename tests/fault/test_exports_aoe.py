@@ -8,6 +8,7 @@ from tests import aoe
 from volume import ids
 from volume import model
 from volume.exports.aoe import AoeExporter
+from volume.exports.aoe import MARK
 from volume.node import Node
 from volume.testing import faults
 from volume.testing import fixtures
@@ -68,4 +69,7 @@ class AoeTest(repeat_exports.ExporterFaultSuite, unittest.TestCase):
             path for path in exporter._running()
             if path.startswith(self.state_dir)
         ]
-        return len(ours), sorted(os.listdir(f'{self.state_dir}/aoe'))
+        return len(ours), sorted(
+            name for name in os.listdir(f'{self.state_dir}/aoe')
+            if not name.endswith(MARK)
+        )

@@ -7,11 +7,14 @@ that the network is trusted. A vblade does nothing when a host flushes;
 therefore each write is stored before it is answered (``-s``).
 
 Which exports there are is seen from the processes that run. The address of
-each is claimed by a small file, so that it is the same after a restart.
+each is claimed by a small file, so that it is the same after a restart. One
+that was ended leaves a mark: a host that was cut off goes on asking there, and
+would reach another volume; so the address is given to another last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -42,6 +45,7 @@ SHELVES = re.compile(r'(\d{1,5})-(\d{1,5})')
 SHELF_MAX, SLOT_MAX = 0xfffe, 0xfe  # the ones above mean all
 RUNNING = re.compile(r'^(\d+) vblade (.*?)(\d+) (\d+) (\S+) (/.*)$')
 TRIES = 8
+MARK = '.ended'
 START_S = 10.0
 END_S = 30.0
 
@@ -167,6 +171,8 @@ class AoeExporter(Exporter):
         self._end(attachment)
         for address, owner in self._claims(attachment):
             if owner == attachment:
+                with contextlib.suppress(errors.VolumeError):  # a hint
+                    self.node.write(self._mark(address), b'')
                 self.node.unlink(self._claim_path(address))
         for path in link, self._log(attachment), self._draft(attachment):
             self.node.unlink(path)
@@ -203,6 +209,9 @@ class AoeExporter(Exporter):
 
     def _claim_path(self, address: Address) -> str:
         return os.path.join(self._directory, str(address))
+
+    def _mark(self, address: Address) -> str:
+        return os.path.join(self._directory, f'{address}{MARK}')
 
     # Ours alone: questions.
 
@@ -295,6 +304,11 @@ class AoeExporter(Exporter):
             else:
                 yield address, str(said)
 
+    def _ended_s(self, address: Address) -> float:
+        """Return when it was last a volume's; zero if it never was."""
+        found = self.node.about(self._mark(address))
+        return found.modified_s if found else 0.0
+
     # Ours alone: deeds.
 
     def _claim(self, attachment: str, running: dict[str, Running]) -> Address:
@@ -310,8 +324,9 @@ class AoeExporter(Exporter):
         draft = self._draft(attachment)
         self.node.write(draft, json.dumps(attachment).encode())
         try:
-            for address, owner in claims:
-                if not owner and address not in served:
+            free = [address for address, owner in claims if not owner]
+            for address in sorted(free, key=self._ended_s):
+                if address not in served:
                     # Of two at once one finds it taken.
                     path = self._claim_path(address)
                     self.node.link(draft, path)
