@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What connectors take, refuse, and note; no kernel is asked."""
 
+import concurrent.futures
+import dataclasses
 import os
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 from volume import errors
@@ -295,6 +298,41 @@ class Notes(unittest.TestCase):
         self.assertEqual((VOLUME, 'there'), (note.volume_id, note.origin))
         self.kept.detach(self.connection, ATTACHMENT)
         self.assertEqual([], self.notes())
+
+    def test_two_that_attach_at_once_do_so_one_after_the_other(self):
+        inside, most = [], []
+
+        def attach(connection):
+            inside.append(connection)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.pop()
+            return '/dev/lamp'
+
+        self.lamp.attach = attach
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(
+                lambda _: self.kept.attach(self.connection, ATTACHMENT),
+                range(4),
+            ))
+        self.assertEqual((['/dev/lamp'] * 4, 1), (found, max(most)))
+
+    def test_what_was_seen_to_be_over_is_ended_only_if_it_still_is(self):
+        self.kept.attach(self.connection, ATTACHMENT)
+        (there,) = self.kept.notes()
+        for state in 'attaching', 'gone':
+            seen = dataclasses.replace(there, state=state)
+            with self.assertRaisesRegex(errors.Busy, 'is attached by now'):
+                self.kept.end(seen)
+            self.assertTrue(self.lamp.is_on)
+        self.lamp.is_on = False
+        self.kept.end(seen)
+        self.assertEqual([], self.notes())
+        self.kept.end(seen)
+        # Of one that was attached the service has said that it is over.
+        self.kept.attach(self.connection, ATTACHMENT)
+        self.kept.end(there)
+        self.assertEqual(([], False), (self.notes(), self.lamp.is_on))
 
     def test_what_is_new_here_has_its_place_cleared_first_and_only_then(self):
         for _ in range(2):

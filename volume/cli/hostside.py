@@ -343,9 +343,7 @@ def clean(session: Session, args: argparse.Namespace) -> int:
             seen += 1
             left += _clean_one(
                 args, f'{note.connection.protocol} {note.attachment_id}: '
-                f'what was {note.state}', functools.partial(
-                    kept.detach, note.connection, note.attachment_id
-                ),
+                f'what was {note.state}', functools.partial(kept.end, note),
             )
     if not seen:
         show.note('there is nothing to clean')

@@ -8,6 +8,7 @@ and no truth: what is there is asked of the kernel. It holds no secret.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume.connector import here
+from volume.connector.alone import alone
 from volume.connector.base import Connector
 from volume.connector.base import Stray
 from volume.node import Node
@@ -66,19 +68,20 @@ class Kept:
         if not connector.leaves_traces:
             return connector.attach(connection)
         note = Note(attachment_id, connection, ATTACHING, origin=origin)
-        before = self._note(attachment_id)
-        if before is None:
-            connector.clear(connection)
-        self._write(note)
-        try:
-            location = connector.attach(connection)
-        except errors.VolumeError:
-            if before is None and not _is_there(connector, connection):
-                self._forget(attachment_id)
-            raise
-        self._write(dataclasses.replace(
-            note, state=ATTACHED, location=location
-        ))
+        with self._alone(attachment_id):
+            before = self._note(attachment_id)
+            if before is None:
+                connector.clear(connection)
+            self._write(note)
+            try:
+                location = connector.attach(connection)
+            except errors.VolumeError:
+                if before is None and not _is_there(connector, connection):
+                    self._forget(attachment_id)
+                raise
+            self._write(dataclasses.replace(
+                note, state=ATTACHED, location=location
+            ))
         return location
 
     def detach(
@@ -92,16 +95,27 @@ class Kept:
         if not connector.leaves_traces:
             connector.detach(connection)
             return
-        note = self._note(attachment_id)
-        if note is not None:
-            self._write(dataclasses.replace(note, state=DETACHING))
-        try:
-            connector.detach(connection)
-        except errors.Busy:
-            if note is not None:
-                self._write(note)
-            raise
-        self._forget(attachment_id)
+        with self._alone(attachment_id):
+            self._detach(connector, connection, attachment_id)
+
+    def end(self, seen: Note) -> None:
+        """Let go of what was seen to be over, if it still is.
+
+        :raises Busy: somebody on this host uses it, or has attached it again
+        """
+        connector = self._need(seen.connection)
+        with self._alone(seen.attachment_id):
+            note = self._note(seen.attachment_id)
+            if note is None:
+                return
+            if seen.state != ATTACHED and (
+                note.state == ATTACHED == self._as_it_is(note).state
+            ):
+                raise errors.Busy(
+                    f'attachment {seen.attachment_id} was {seen.state}, and '
+                    'is attached by now'
+                )
+            self._detach(connector, note.connection, note.attachment_id)
 
     def extend(self, connection: model.Connection) -> int:
         """Have this host see how large the volume is by now."""
@@ -157,6 +171,32 @@ class Kept:
         if note.state != ATTACHED:
             return True
         return not self._find(note.connection.protocol).knows_the_dead
+
+    def _detach(
+        self,
+        connector: Connector,
+        connection: model.Connection,
+        attachment_id: str,
+    ) -> None:
+        note = self._note(attachment_id)
+        if note is not None:
+            self._write(dataclasses.replace(note, state=DETACHING))
+        try:
+            connector.detach(connection)
+        except errors.Busy:
+            if note is not None:
+                self._write(note)
+            raise
+        self._forget(attachment_id)
+
+    def _alone(
+        self, attachment_id: str
+    ) -> contextlib.AbstractContextManager[None]:
+        name = ids.check(attachment_id, 'attachment id')
+        return alone(
+            self.node.lock_dir, f'attachment-{name[:2]}',
+            f'attachment {name}, or another, has been attached or detached',
+        )
 
     def _as_it_is(self, note: Note) -> Note:
         """Return a note with where it is now: a disk may have come anew."""

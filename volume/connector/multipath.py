@@ -180,8 +180,11 @@ def _leads_to(node: Node, found: Map) -> bool:
     if there is None:
         return False
     if there.kind == 'link':
-        to = os.path.basename(node.readlink(found.path))
-        return to == found.device
+        try:
+            to = node.readlink(found.path)
+        except errors.NotFound:
+            return False  # udev replaces it just now
+        return os.path.basename(to) == found.device
     number, = node.configure([Op.get(f'{BLOCK}/{found.device}/dev')])
     return there.device == number
 
