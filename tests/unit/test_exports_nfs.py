@@ -16,6 +16,7 @@ from volume.node import Node
 from volume.testing import fixtures
 
 SIZE = 4096
+CLIENTS = f'{SERVER}/clients'
 
 
 class ServerNode(Node):
@@ -24,14 +25,34 @@ class ServerNode(Node):
     dies = False  # the tool, when it has written the table
     answers_late = 0  # how often the daemon does, with what was there before
     never_forgets = False
+    goes = False  # a client, as it is told to
 
     def __init__(self, state_dir):
         super().__init__(state_dir)
-        self.table, self.kernel = {}, {}
+        self.table, self.kernel, self.clients = {}, {}, {}
+
+    def list(self, path):
+        if path == CLIENTS:
+            return list(self.clients)
+        return super().list(path)
+
+    def exists(self, path):
+        if path.startswith(CLIENTS):
+            return os.path.basename(path) in self.clients
+        return super().exists(path)
+
+    def configure(self, wanted):
+        if wanted[0].path.startswith(CLIENTS):
+            if self.goes:
+                self.clients.clear()
+            raise errors.Unknown('cannot put: No such device or address')
+        return super().configure(wanted)
 
     def read(self, path, bytes_max=1 << 20):
         if path == f'{SERVER}/threads':
             return b'8'
+        if path.startswith(CLIENTS):
+            return self.clients[path.split('/')[-2]].encode()
         if path == f'{SERVER}/exports':
             return ''.join(
                 f'{directory}\t{client}(rw,sync)\n'
@@ -99,6 +120,18 @@ class Ending(unittest.TestCase):
             os.path.join(os.path.dirname(self.path), '.exports',
                          self.attachment)
         ))
+
+    def test_a_host_that_goes_by_itself_meanwhile_is_gone(self):
+        device, number = self.exporter._identities(self.path)[0].rsplit(
+            ':', 1)
+        self.node.clients = {
+            '7': f'- 0x1: {{ superblock: "{device}:{number}" }}'
+        }
+        with self.assertRaises(errors.Unknown):
+            self.exporter.unexport(self.attachment)
+        self.node.goes = True
+        self.exporter.unexport(self.attachment)
+        self.assert_ended()
 
     def test_the_server_itself_has_nothing_of_it_any_more(self):
         self.exporter.unexport(self.attachment)

@@ -119,8 +119,19 @@ class ConfigureTest(MachineCase):
         with self.assertRaises(OSError) as gone:
             os.read(fd, 1)
         self.assertEqual(errno.ENODEV, gone.exception.errno)
-        self.assertEqual(
-            [None], self.node.configure([Op.get(f'/proc/self/fd/{fd}')]))
+        path = f'/proc/{os.getpid()}/fd/{fd}'
+        self.assertEqual([None], self.node.configure([Op.get(path)]))
+        with self.assertRaises(errors.NotFound):
+            self.node.read(path)
+
+    def test_what_has_nobody_behind_it_is_not_there(self) -> None:
+        with socket.socket(socket.AF_UNIX) as gone:
+            gone.bind(self.path('s'))
+        with self.assertRaises(OSError) as seen, open(self.path('s')):
+            pass
+        self.assertEqual(errno.ENXIO, seen.exception.errno)
+        with self.assertRaises(errors.NotFound):
+            self.node.read(self.path('s'))
 
     def test_link_that_points_elsewhere_is_a_conflict(self) -> None:
         link = self.path('l')

@@ -312,14 +312,19 @@ class NfsExporter(Exporter):
                 continue  # it has gone meanwhile
             found = set(STATE.findall(said.decode(errors='replace')))
             if found == {identity}:
-                self.node.configure([
-                    Op.put(f'{clients}/{name}/ctl', 'expire\n')
-                ])
+                self._expire(f'{clients}/{name}')
             elif identity in found:
                 LOG.warning(
                     'NFS client %s has %s open, and others: its locks stay '
                     'until it has ended', name, identity,
                 )
+
+    def _expire(self, client: str) -> None:
+        try:
+            self.node.configure([Op.put(f'{client}/ctl', 'expire\n')])
+        except errors.VolumeError:
+            if self.node.exists(client):
+                raise  # else it has gone by itself
 
 
 def _bracketed(address: str) -> str:

@@ -19,6 +19,9 @@ from volume import errors
 
 FICLONE = 0x40049409  # linux/fs.h
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+# What the kernel says of a file of its own whose device, client or process
+# goes as it is opened or read.
+GONE = (errno.ENODEV, errno.ENXIO, errno.ESRCH)
 NO_REFLINK = (errno.EINVAL, errno.ENOTTY, errno.EXDEV, errno.EOPNOTSUPP)
 
 
@@ -139,8 +142,14 @@ def mkdir(path: str) -> None:
 
 
 def read(path: str, bytes_max: int) -> bytes:
-    with open(path, 'rb') as f:
-        data = f.read(bytes_max + 1)
+    try:
+        with open(path, 'rb') as f:
+            data = f.read(bytes_max + 1)
+    except OSError as failed:
+        if failed.errno not in GONE:
+            raise
+        raise FileNotFoundError(
+            errno.ENOENT, os.strerror(errno.ENOENT), path) from failed
     if len(data) > bytes_max:
         raise errors.Invalid(f'{path} is over {bytes_max} bytes')
     return data

@@ -129,11 +129,9 @@ def _get(op: Op) -> str | None:
     try:
         with open(op.path, 'rb') as f:
             data = f.read(GET_BYTES_MAX + 1)
-    except FileNotFoundError:
-        return None
     except OSError as failed:
-        # As the kernel says of what goes between its opening and reading.
-        if failed.errno != errno.ENODEV:
+        # ENODEV: it goes as it is read.
+        if failed.errno not in (errno.ENOENT, errno.ENODEV):
             raise
         return None
     if len(data) > GET_BYTES_MAX:
