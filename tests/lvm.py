@@ -60,6 +60,7 @@ class World:
         self.has_group = True
         self.signatures = []  # of disks that are in no group
         self.users = []  # of the same
+        self.extended = []  # which, each time
         self.held = None  # the root of the pool's metadata snapshot
         self.metadata_percent = self.data_percent = 10.0
         if has_pool:
@@ -215,6 +216,11 @@ class World:
         self._refuse_missing()
         options, (target, *ranges) = options_of(words)
         lv = self._need(target)
+        self.extended.append(lv.name)
+        if '--poolmetadatasize' in options:
+            self.metadata_percent /= 2
+            self.seqno += 1
+            return
         said = options['-l'][0]
         more = int(said) - (0 if said[0] == '+' else lv.size // EXTENT)
         if any(each.origin == lv.name and each.kind == 'cow' and lv.active
@@ -430,7 +436,7 @@ def options_of(words):
     """Return what each option was given, and the other words."""
     with_value = ('-n', '-l', '-V', '--addtag', '--deltag', '--thinpool',
                   '--dev-id', '--thin1', '--thin2', '-f', '--errorwhenfull',
-                  '--zero')
+                  '--zero', '--poolmetadatasize')
     options, others, left = {}, [], list(words)
     while left:
         word = left.pop(0)

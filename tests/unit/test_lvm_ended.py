@@ -4,7 +4,9 @@
 LVM has written down what it will do before the kernel has done it.
 """
 
+import concurrent.futures
 import contextlib
+import threading
 
 from tests import lvm
 from tests.unit import test_lvm_store
@@ -123,6 +125,24 @@ class ThinTest(Common, test_lvm_store.Case):
         before = self.world.seqno
         self.assertFalse(self.driver.upkeep(lvm.GROUP))
         self.assertEqual(before, self.world.seqno)
+
+    def test_pool_that_many_find_full_at_once_is_extended_once(self):
+        self.world.metadata_percent = 95.0
+        looked, look = threading.Barrier(4), self.node.run
+
+        def run(*argv, **options):
+            said = look(*argv, **options)
+            if argv[0] == 'lvm':
+                # All of them have seen it before anybody does anything.
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    looked.wait(5.0)
+                looked.abort()
+            return said
+
+        self.node.run = run
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(self.driver.create, [self.wish() for _ in range(4)]))
+        self.assertEqual(['pool'], self.world.extended)
 
     def test_what_a_revert_has_left_beside_its_volume_is_removed(self):
         volume, old = self.volume(seed=1), self.volume(seed=2)

@@ -265,8 +265,22 @@ class Thin(store.Store):
         )
 
     def _extend_pool(self, vg: Vg, lv: Lv) -> bool:
+        if not self._is_high(lv):
+            return False
+        with self.group.allocating:
+            # Of many that find it full at once, one extends it.
+            vg = self.group.look(self._pool_too())
+            lv = self._pool(vg)
+            return self._is_high(lv) and self._extend_high(vg, lv)
+
+    def _is_high(self, lv: Lv) -> bool:
         if lv.needs_check or lv.health == 'failed':
             return False  # the kernel would take nothing of it
+        return max(
+            lv.metadata_percent or 0, lv.data_percent or 0
+        ) >= self.settings.extend_percent
+
+    def _extend_high(self, vg: Vg, lv: Lv) -> bool:
         high, by = self.settings.extend_percent, (
             self.settings.extend_by_percent)
         name, free = f'{vg.name}/{lv.name}', vg.free_bytes // vg.extent_bytes
@@ -401,7 +415,8 @@ class Thin(store.Store):
         lv = self._pool(vg)
         self._refuse_unsafe(vg, lv)
         high = self.settings.metadata_high_percent
-        if (lv.metadata_percent or 0) >= high and self._extend_pool(vg, lv):
+        if (lv.metadata_percent or 0) >= high:
+            self._extend_pool(vg, lv)  # or somebody else has
             lv = self._pool(self.group.look(self._pool_too()))
         if lv.metadata_percent is None:
             raise errors.Unavailable(
