@@ -513,6 +513,24 @@ class MultipathTest(IscsiConnectorTest):
         )
         self.connector.detach(anew.connection)
 
+    def test_a_map_goes_on_by_no_path_that_has_died(self):
+        ended = self.target()
+        target = self.target(volume_id=ended.volume_id)
+        self.attach(ended)
+        path = self.attach(target)
+        self.targets.end(ended)
+        self.await_stray()
+        with self.open(path):
+            with self.assertRaisesRegex(errors.Busy, 'cat'):
+                self.connector.detach(target.connection)
+            self.assertTrue(self.is_up(target))
+        self.guest.run('dd', f'of={path}', 'bs=4k', input_bytes=b'\xa5' * 4096)
+        self.connector.detach(target.connection)
+        self.assertEqual(b'\xa5' * 4096, self.guest.run_bytes(
+            'dd', f'if={target.device}', 'bs=4k', 'count=1', 'iflag=direct',
+            'status=none',
+        ))
+
     def test_a_map_that_comes_as_its_disk_is_let_go_of_is_ended_as_well(
         self
     ):

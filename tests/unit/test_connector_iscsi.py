@@ -9,6 +9,7 @@ from volume import errors
 from volume import identity
 from volume import ids
 from volume import model
+from volume.connector import disks
 from volume.connector import multipath
 from volume.connector.iscsi import IscsiConnector
 from volume.connector.open_iscsi import SESSIONS
@@ -193,6 +194,38 @@ class Maps(unittest.TestCase):
         self.assertFalse(multipath._leads_to(node, found))
         os.symlink('../dm-0', node.here('/dev/mapper/one'))
         self.assertEqual('/dev/mapper/one', multipath.path_of(node, found))
+
+
+class Beside(unittest.TestCase):
+    """Another attachment's path is in the map as well; that one has died."""
+
+    def setUp(self):
+        self.node = HostNode(fixtures.state_dir(self))
+        self.node.make_map()
+        other = f'{SESSIONS}/session2'
+        self.node.make(f'{other}/targetname', f'{TARGET}-other')
+        self.node.make(f'{other}/state', 'FAILED')
+        self.node.make(
+            f'{other}/device/target1:0:0/1:0:0:0/block/sdb/size', '8')
+        self.node.make('/sys/block/dm-0/slaves/sdb')
+        self.connector = IscsiConnector(self.node)
+
+    def test_a_map_that_would_have_no_path_left_is_written_out_and_ended(
+        self
+    ):
+        self.connector.detach(CONNECTION)
+        self.assertFalse(self.node.exists('/sys/block/dm-0'))
+        self.assertIn(
+            ('blockdev', '--flushbufs', '/dev/mapper/one'), self.node.said)
+
+    def test_while_it_is_used_it_keeps_its_last_path(self):
+        self.addCleanup(setattr, disks, 'FREE_S', disks.FREE_S)
+        disks.FREE_S = 0.0
+        self.node.in_use['/dev/mapper/one'] = ['mounted on /srv']
+        with self.assertRaisesRegex(errors.Busy, 'mounted on /srv'):
+            self.connector.detach(CONNECTION)
+        self.assertEqual([], self.node.said)
+        self.assertTrue(self.node.exists(SESSION))
 
 
 class Former(unittest.TestCase):

@@ -324,9 +324,13 @@ class IscsiConnector(base.Connector):
     ) -> None:
         """End the maps over disks, and see that nobody uses any of them."""
         joined: set[str] = set()
+        ended = {*names, *self._names([
+            each for each in open_iscsi.sessions(self.node)
+            if not each.is_up
+        ])}
         for each in multipath.over(self.node, names):
             joined |= set(each.paths)
-            if set(each.paths) - set(names):
+            if set(each.paths) - ended:
                 # Another attachment of the volume goes on by the others.
                 mine = [name for name in each.paths if name in names]
                 multipath.part(self.node, mine)
