@@ -40,6 +40,35 @@ class HostNode(Node):
         return ''
 
 
+class NewHost(Node):
+    """A host that may have the tools, and whose kernel has no module yet."""
+
+    tools = ()
+
+    def exists(self, path):
+        return path in self.tools
+
+    def list(self, path):
+        return ['eth1']
+
+    def read(self, path, bytes_max=1 << 20):
+        return b'02:00:00:00:00:01\n'
+
+
+class FirstVolume(unittest.TestCase):
+
+    def test_host_with_the_tools_says_who_it_is_before_it_has_the_module(
+        self
+    ):
+        node = NewHost(fixtures.state_dir(self))
+        self.assertEqual({}, AoeConnector(node).host().properties)
+        node.tools = ('/usr/sbin/aoe-discover',)
+        self.assertEqual(
+            {'aoe_mac': '02:00:00:00:00:01'},
+            AoeConnector(node).host().properties,
+        )
+
+
 class FormerDevice(unittest.TestCase):
     """The address was another volume's, and the kernel has its device."""
 

@@ -25,6 +25,7 @@ MAC = re.compile(r'[0-9a-f]{2}(?::[0-9a-f]{2}){5}')
 NONE = '00:00:00:00:00:00'
 MACS_MAX = 8
 MODULE = '/sys/module/aoe'
+TOOLS = '/usr/sbin/aoe-discover', '/sbin/aoe-discover'
 NETWORKS = '/sys/class/net'
 ANSWER_S = 20.0
 POLL_S = 0.5
@@ -40,7 +41,9 @@ class AoeConnector(Connector):
         self.node = node
 
     def host(self) -> model.Host:
-        macs = self._macs()[:MACS_MAX] if self.node.exists(MODULE) else []
+        # The module is loaded by the first volume, which is for these alone.
+        is_able = any(map(self.node.exists, (MODULE, *TOOLS)))
+        macs = self._macs()[:MACS_MAX] if is_able else []
         return model.Host(
             socket.gethostname(),
             properties={'aoe_mac': ','.join(macs)} if macs else {},
