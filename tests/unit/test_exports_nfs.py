@@ -75,8 +75,9 @@ class ServerNode(Node):
             )
         if option == '-o':
             client, _, directory = words[-1].partition(':')
-            # And the host comes.
-            self.table[directory] = self.kernel[directory] = client
+            self.table[directory] = client
+            # And the host comes; the pool's path is a link.
+            self.kernel[f'/data{directory}'] = client
             return None
         before = dict(self.kernel)
         if option == '-u':

@@ -239,10 +239,9 @@ class NfsExporter(Exporter):
             said = self.node.read(f'{SERVER}/exports', TABLE_BYTES_MAX)
         except errors.NotFound:
             return False  # there is no server
-        return any(
-            line.startswith(f'{directory}\t')
-            for line in said.decode(errors='replace').splitlines()
-        )
+        # It has the path without links, which may be another.
+        end = f'/{PLACE}/{os.path.basename(directory)}\t'
+        return end in said.decode(errors='replace')
 
     # Ours alone: deeds.
 
