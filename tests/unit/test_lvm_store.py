@@ -2,6 +2,7 @@
 """What the lvm driver does where others, or a crash, have been before it."""
 
 import functools
+import threading
 import unittest
 
 from tests import lvm
@@ -11,6 +12,7 @@ from volume import model
 from volume import progress
 from volume.cli import manage_lvm
 from volume.drivers.lvm import driver
+from volume.drivers.lvm import names
 from volume.drivers.lvm import options
 from volume.drivers.lvm import wiping
 from volume.testing import fixtures
@@ -303,6 +305,38 @@ class ThickTest(Case):
         found = workbench.content(self.driver, volume)
         self.assertEqual(workbench.pattern(1, SIZE), found[:SIZE])
         self.assertFalse(any(found[SIZE:]))
+
+    def test_what_a_host_writes_where_a_volume_has_grown_stays(self):
+        volume, other = self.volume(seed=1), self.volume()
+        device = names.device(lvm.GROUP, f'volume-{volume.id}')
+        self.driver.map(volume, model.Access.WRITE)
+        run, beside = self.node.run, []
+
+        def busy(*argv, **options):
+            said = run(*argv, **options)
+            if argv[0] == 'lvextend':
+                with open(self.world.path(device), 'r+b') as host:
+                    host.seek(SIZE)
+                    host.write(b'mine')
+            if argv[0] in ('lvremove', 'lvextend'):
+                # Another request of this service changes the group, too.
+                beside.append(threading.Thread(
+                    target=self.driver.describe,
+                    args=(other, {'after': argv[0]}),
+                ))
+                beside[-1].start()
+                beside[-1].join(0.2)
+            return said
+
+        self.node.run = busy
+        self.driver.resize(volume, 2 * SIZE)
+        for each in beside:
+            each.join()
+        self.assertEqual(2, len(beside))
+        found = workbench.content(self.driver, volume)
+        self.assertEqual(workbench.pattern(1, SIZE), found[:SIZE])
+        self.assertEqual(b'mine', found[SIZE:SIZE + 4])
+        self.assertFalse(any(found[SIZE + 4:]))
 
     def test_extents_that_others_keep_are_replaced_by_other_ones(self):
         volume = self.volume(seed=1)

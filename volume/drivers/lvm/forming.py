@@ -49,11 +49,10 @@ def form(group: Group) -> None:
     vg = group.look(f'lv_name="{name}"')
     if vg.named(name) is not None:
         return
-    with group.allocating:
-        group.change(
-            'lvcreate', '-T', '-l', f'{POOL_PERCENT}%FREE',
-            '--errorwhenfull', 'y', '--zero', 'y', f'{group.name}/{name}',
-        )
+    group.change(
+        'lvcreate', '-T', '-l', f'{POOL_PERCENT}%FREE',
+        '--errorwhenfull', 'y', '--zero', 'y', f'{group.name}/{name}',
+    )
 
 
 def _refuse_used(group: Group, path: str) -> None:

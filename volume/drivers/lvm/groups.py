@@ -44,9 +44,10 @@ class Group:
         self.name = name
         self.settings = settings
         self.node = node
-        # Whoever hands extents from one logical volume to another lets
-        # nobody allocate in between.
-        self.allocating = threading.RLock()
+        # LVM lets one command at a time change a group. Ours wait here, so
+        # that whoever hands extents from one logical volume to another has
+        # nobody of this process in between.
+        self.changing = threading.RLock()
         self._uuid = ''
         self._filter: tuple[str, ...] = ()
         self._known: dict[str, str] = {}
@@ -206,7 +207,8 @@ class Group:
         Unless it ``may_discard``, what was written to extents that it frees
         stays there, whatever the machine's lvm.conf says (issue_discards).
         """
-        self._run(command, '--yes', *self._config(may_discard), *argv)
+        with self.changing:
+            self._run(command, '--yes', *self._config(may_discard), *argv)
 
     def wake(self, name: str) -> None:
         """Let a device go on that a command, ended in its middle, has left.

@@ -233,7 +233,7 @@ class Thick(store.Store):
         """Add extents that are zero; say if nobody was in between.
 
         They are freed and taken in two commands. Of this process nobody
-        else allocates meanwhile; of others the group's version tells. If
+        else changes the group meanwhile; of others its version tells. If
         one did, the tail is zeroed where it is, as nobody knows of it yet.
         """
         tail = f'tail-{lv.id}'
@@ -248,7 +248,7 @@ class Thick(store.Store):
                 raise
         self.group.change('lvchange', '-an', f'{vg.name}/{tail}')
         name, before = f'{vg.name}/{lv.name}', lv.size_bytes
-        with self.group.allocating:
+        with self.group.changing:
             was = self.group.about(lv.id)
             zeroed = was.ours('tail', lv.id)
             if zeroed is None:
@@ -260,7 +260,9 @@ class Thick(store.Store):
                 )
             except errors.NoSpace:
                 return False
-        found = self.group.about(lv.id)
+            # Before any other of ours: a host may write there from now on,
+            # so that it is made zero once more only if it has to be.
+            found = self.group.about(lv.id)
         grown = self.need(found, model.Volume(lv.id, vg.name, 0))
         if self.settings.wipes_new and found.seqno != was.seqno + 2:
             path = self.group.activate(grown)
@@ -286,13 +288,12 @@ class Thick(store.Store):
         # it is a snapshot, and then has the kernel know: it has its name
         # once all of that is done.
         draft = f'draft-{snapshot.id}'
-        with self.group.allocating:
-            self.group.change(
-                'lvcreate', '-s', '-n', draft, '-l', str(count), '-pr', '-ky',
-                '--addtag', f'snapshot:{snapshot.id}',
-                '--addtag', f'of:{snapshot.volume.id}',
-                f'{vg.name}/{lv.name}',
-            )
+        self.group.change(
+            'lvcreate', '-s', '-n', draft, '-l', str(count), '-pr', '-ky',
+            '--addtag', f'snapshot:{snapshot.id}',
+            '--addtag', f'of:{snapshot.volume.id}',
+            f'{vg.name}/{lv.name}',
+        )
         self.group.change('lvrename', vg.name, draft, name)
         return name
 
@@ -368,10 +369,9 @@ class Thick(store.Store):
     def _extend_snapshot(self, vg: Vg, lv: Lv) -> None:
         by = lv.stored_bytes * self.settings.extend_by_percent // 100
         count = max(1, by // vg.extent_bytes)
-        with self.group.allocating:
-            self.group.change(
-                'lvextend', '-l', f'+{count}', f'{vg.name}/{lv.name}'
-            )
+        self.group.change(
+            'lvextend', '-l', f'+{count}', f'{vg.name}/{lv.name}'
+        )
 
     # Ours alone.
 
@@ -384,13 +384,12 @@ class Thick(store.Store):
         """
         self._refuse_full(vg, count, f'{vg.name}/{name}')
         self.refuse_taken(vg, name)
-        with self.group.allocating:
-            # No signature is looked for, and no first page zeroed: all of
-            # it will be.
-            self.group.change(
-                'lvcreate', '-n', name, '-l', str(count), *tags, '-ky', '-K',
-                '-Wn', '-Zn', vg.name,
-            )
+        # No signature is looked for, and no first page zeroed: all of it
+        # will be.
+        self.group.change(
+            'lvcreate', '-n', name, '-l', str(count), *tags, '-ky', '-K',
+            '-Wn', '-Zn', vg.name,
+        )
         made = self.group.look(f'lv_name="{name}"').named(name)
         if made is None:
             raise errors.Unavailable(

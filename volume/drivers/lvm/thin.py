@@ -267,7 +267,7 @@ class Thin(store.Store):
     def _extend_pool(self, vg: Vg, lv: Lv) -> bool:
         if not self._is_high(lv):
             return False
-        with self.group.allocating:
+        with self.group.changing:
             # Of many that find it full at once, one extends it.
             vg = self.group.look(self._pool_too())
             lv = self._pool(vg)
