@@ -311,6 +311,7 @@ class ThickTest(Case):
         device = names.device(lvm.GROUP, f'volume-{volume.id}')
         self.driver.map(volume, model.Access.WRITE)
         run, beside = self.node.run, []
+        others = [self.driver, self.make_driver()]  # of another backend
 
         def busy(*argv, **options):
             said = run(*argv, **options)
@@ -321,7 +322,7 @@ class ThickTest(Case):
             if argv[0] in ('lvremove', 'lvextend'):
                 # Another request of this service changes the group, too.
                 beside.append(threading.Thread(
-                    target=self.driver.describe,
+                    target=others.pop().describe,
                     args=(other, {'after': argv[0]}),
                 ))
                 beside[-1].start()

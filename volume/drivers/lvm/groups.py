@@ -14,7 +14,10 @@ import logging
 import os
 import re
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from volume import errors
 from volume.drivers.lvm import meaning
@@ -29,10 +32,19 @@ from volume.node import Node
 
 LOG = logging.getLogger(__name__)
 
+Lock = AbstractContextManager[Any]
+
 REPORT_BYTES_MAX = 256 << 20
 SETTLE_S = 10
 NOTHING = 'lv_name=""'  # a selection; no logical volume is without a name
 EVERYTHING = ''
+
+# LVM lets one command at a time change a group. Ours wait here, those of all
+# backends, so that whoever hands extents from one logical volume to another
+# has nobody of this process in between.
+_locks: weakref.WeakKeyDictionary[Node, dict[str, Lock]]
+_locks = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
 
 _SPECIAL = re.compile(r'[.^$*+?(){}|\\\[\]]')
 
@@ -44,10 +56,7 @@ class Group:
         self.name = name
         self.settings = settings
         self.node = node
-        # LVM lets one command at a time change a group. Ours wait here, so
-        # that whoever hands extents from one logical volume to another has
-        # nobody of this process in between.
-        self.changing = threading.RLock()
+        self.changing = _changing(node, name)
         self._uuid = ''
         self._filter: tuple[str, ...] = ()
         self._known: dict[str, str] = {}
@@ -348,6 +357,12 @@ class Group:
 
     def _run(self, *argv: str) -> str:
         return run(self.node, self.settings.timeout_s, *argv)
+
+
+def _changing(node: Node, name: str) -> Lock:
+    with _guard:
+        return _locks.setdefault(node, {}).setdefault(
+            name, threading.RLock())
 
 
 def run(node: Node, timeout_s: float, *argv: str) -> str:
