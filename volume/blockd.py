@@ -15,6 +15,7 @@ not yet on top of its image, nothing takes it for the volume.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -111,7 +112,7 @@ class Blockd:
         :raises Corrupt: by its header a layer lies on another image
         """
         blockexports.check(export_id)
-        layer = blockgraph.parse(blocknode)
+        layer = self._parse(blocknode)
         self._check_headers(layer)
         for _ in range(ROUNDS):
             with self._started() as monitor:
@@ -198,7 +199,7 @@ class Blockd:
         The kernel says yes for a hundredth of what the daemon takes; a no
         is the daemon's. Whoever can ask for QEMU's locks does that first.
         """
-        path = os.path.realpath(path)
+        path = self._resolved(path)
         with self._running() as monitor:
             if monitor is None:
                 return False
@@ -208,7 +209,7 @@ class Blockd:
 
     def is_top(self, blocknode: Mapping[str, Any]) -> bool:
         """Say whether an export is of just this chain of images."""
-        layer = blockgraph.parse(blocknode)
+        layer = self._parse(blocknode)
         names = {layer.name, layer.name_overlay}
         with self._running() as monitor:
             return monitor is not None and any(
@@ -234,8 +235,8 @@ class Blockd:
             ``active`` is under another image already
         :raises Invalid: the overlay has another size or backing file
         """
-        active = os.path.realpath(active)
-        overlay = os.path.realpath(overlay)
+        active = self._resolved(active)
+        overlay = self._resolved(overlay)
         with self._running() as monitor:
             graph = _graph(monitor, files=True) if monitor else None
             below = graph.layers_of(active) if graph else []
@@ -334,12 +335,20 @@ class Blockd:
                 self._process.check_gone()
             yield monitor
 
+    def _parse(self, blocknode: Mapping[str, Any]) -> Layer:
+        return self._node.blocking(lambda: blockgraph.parse(blocknode))
+
+    def _resolved(self, path: str) -> str:
+        return self._node.blocking(lambda: os.path.realpath(path))
+
     def _check_headers(self, top: Layer) -> None:
         for layer in top.chain():
             if (layer.driver, layer.file['driver']) == ('qcow2', 'file'):
                 with self._node.open(layer.filename) as file:
                     head = file.read(blockgraph.HEADER_BYTES) or b''
-                blockgraph.check_header(layer, head)
+                self._node.blocking(functools.partial(
+                    blockgraph.check_header, layer, head
+                ))
 
     def _export_at_once(self, wanted: Sequence[Wanted]) -> set[str]:
         """Return what was not there and is now; the rest is looked at."""
@@ -349,7 +358,7 @@ class Blockd:
         for export_id, blocknode, writable in wanted:
             with contextlib.suppress(errors.VolumeError):  # export() says it
                 blockexports.check(export_id)
-                layer = blockgraph.parse(blocknode)
+                layer = self._parse(blocknode)
                 self._check_headers(layer)
                 for each in reversed([*layer.chain()][1:]):
                     if each.name_below not in below:
@@ -480,7 +489,9 @@ class Blockd:
             raise _known(failed, overlay) from failed
         graph = _graph(monitor, files=True)
         try:
-            _check_overlay(graph.image(above), graph.image(name), active)
+            self._node.blocking(lambda: _check_overlay(
+                graph.image(above), graph.image(name), active
+            ))
             monitor.tell('blockdev-snapshot', node=name, overlay=above)
         except errors.Unknown:
             raise

@@ -9,6 +9,7 @@ warily: a header that names another file is refused before QEMU sees it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 
@@ -37,9 +38,11 @@ def foreign(
         if not _is_plain(name) or not pool.node.is_file(path):
             continue
         with contextlib.suppress(errors.Corrupt, OSError):
-            if os.lstat(path).st_ino in ours:
+            inode, header = pool.node.blocking(functools.partial(
+                _look, path, extension
+            ))
+            if inode in ours:
                 continue  # half adopted: it is a layer already
-            header = qcow_layers.read_header(path, extension)
             found.append(model.Found(name, header.size_bytes))
     return found
 
@@ -71,17 +74,23 @@ def _is_plain(handle: str) -> bool:
     )
 
 
+def _look(path: str, extension: str) -> tuple[int, qcow_layers.Header]:
+    """Return the inode and the header of a file."""
+    header = qcow_layers.read_header(path, extension)
+    return os.lstat(path).st_ino, header
+
+
 def _check(pool: PoolDirectory, handle: str, extension: str) -> None:
     path = pool.path(handle)
     if not pool.node.is_file(path):
         raise errors.Invalid(f'{handle} is no plain file')
     try:
-        header = qcow_layers.read_header(path, extension)
+        _, header = pool.node.blocking(lambda: _look(path, extension))
         if header.backing:
             raise errors.Invalid(
                 f'{handle} stands on another file: flatten it first'
             )
-        if qcow_layers.is_used(path):
+        if pool.node.blocking(lambda: qcow_layers.is_used(path)):
             raise errors.Busy(f'{handle} is open: close it first')
         if extension in ('qcow2', 'vmdk'):
             pool.qemu_img(

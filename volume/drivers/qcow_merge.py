@@ -57,16 +57,21 @@ class Merge:
 
 def tend(pool: PoolDirectory, bytes_per_s: int) -> bool:
     """Sweep, and merge one pair of layers; say if another can be merged."""
+    blocking = pool.node.blocking
     with pool.lock():
-        directory = os.open(pool.path('merges'), os.O_RDONLY)
+        directory = blocking(
+            lambda: os.open(pool.path('merges'), os.O_RDONLY)
+        )
     try:
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            blocking(lambda: (
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ))
         except BlockingIOError:
             return False  # somebody else is at it
         return _tend(pool, bytes_per_s)
     finally:
-        os.close(directory)
+        blocking(lambda: os.close(directory))
 
 
 def _tend(pool: PoolDirectory, bytes_per_s: int) -> bool:
@@ -260,14 +265,19 @@ def _is_committed(pool: PoolDirectory, tree: Tree, merge: Merge) -> bool:
 def _switch(pool: PoolDirectory, pointer: str, merge: Merge) -> bool:
     """Have a volume write to the parent from now on."""
     path = pool.layer_path(merge.child)
+    closed = contextlib.ExitStack()
     try:
-        with qcow_layers.keep_closed(path):
-            if not _is_marked(pool, merge.child):
-                return False
-            pool.point(pointer, merge.parent)
-            pool.node.unlink(path)
+        pool.node.blocking(
+            lambda: closed.enter_context(qcow_layers.keep_closed(path))
+        )
+        if not _is_marked(pool, merge.child):
+            return False
+        pool.point(pointer, merge.parent)
+        pool.node.unlink(path)
     except errors.Busy:
         return False
+    finally:
+        pool.node.blocking(closed.close)
     return True
 
 
@@ -317,13 +327,13 @@ def _put_onto(pool: PoolDirectory, name: str, parent: str) -> bool:
 
 def _mark(pool: PoolDirectory, name: str) -> None:
     path = pool.layer_path(name)
-    pool.node.act(
-        f'mark {name}', lambda: os.utime(path, ns=(MARK_NS, MARK_NS))
-    )
+    pool.node.act(f'mark {name}', lambda: pool.node.blocking(
+        lambda: os.utime(path, ns=(MARK_NS, MARK_NS))
+    ))
 
 
 def _is_marked(pool: PoolDirectory, name: str) -> bool:
     path = pool.layer_path(name)
-    return pool.node.act(
-        f'probe mark {name}', lambda: os.stat(path).st_mtime_ns == MARK_NS
-    )
+    return pool.node.act(f'probe mark {name}', lambda: pool.node.blocking(
+        lambda: os.stat(path).st_mtime_ns == MARK_NS
+    ))

@@ -107,7 +107,10 @@ class PoolDirectory:
 
     def layer_path(self, name: str) -> str:
         """Return a layer's path, as daemons open it."""
-        return os.path.join(os.path.realpath(self.directory), 'layers', name)
+        directory = self.node.blocking(
+            lambda: os.path.realpath(self.directory)
+        )
+        return os.path.join(directory, 'layers', name)
 
     def mapped_path(self, volume_id: str) -> str:
         """Return what is there while somebody has the path of a volume."""
@@ -126,7 +129,9 @@ class PoolDirectory:
                 self.node.make_directory(self.path(name))
             marker.keep(self.node, self.directory)
             with self.node.open(self.path(LOCK_FILE), 'ab') as f:
-                self._device = os.fstat(f.fileno()).st_dev
+                self._device = self._act('look at the lock', lambda: (
+                    os.fstat(f.fileno()).st_dev
+                ))
         except (errors.Invalid, errors.Conflict, errors.NotFound) as failed:
             raise errors.Invalid(
                 f'cannot write to directory {self.directory} ({failed}): '
@@ -147,12 +152,15 @@ class PoolDirectory:
         if not self._mutex.acquire(timeout=LOCK_S):
             raise stuck
         try:
-            with contextlib.closing(self._lock_file()) as f:
-                while not _flock(f.fileno()):
+            f = self.node.blocking(self._lock_file)
+            try:
+                while not self.node.blocking(lambda: _flock(f.fileno())):
                     if time.monotonic() > deadline:
                         raise stuck
                     time.sleep(0.002)
                 yield
+            finally:
+                self.node.blocking(f.close)
         finally:
             self._mutex.release()
             # Under eventlet whoever waits has its turn only if it is given.
@@ -211,10 +219,9 @@ class PoolDirectory:
 
     def is_empty(self, name: str, header: Header) -> bool:
         """Say whether a layer that nobody writes to stores nothing."""
-        path = self.layer_path(name)
-        return self._act(
-            f'read {name}', lambda: qcow_layers.is_empty(path, header)
-        )
+        return self._act(f'read {name}', lambda: (
+            qcow_layers.is_empty(self.layer_path(name), header)
+        ))
 
     def is_mapped(self, volume_id: str) -> bool:
         """Say whether somebody has the path of a volume."""
@@ -222,10 +229,9 @@ class PoolDirectory:
 
     def is_same_file(self, path: str, name: str) -> bool:
         """Say whether a path and a layer are one file."""
-        layer = self.layer_path(name)
-        return self._act(
-            f'compare {name}', lambda: os.path.samefile(path, layer)
-        )
+        return self._act(f'compare {name}', lambda: (
+            os.path.samefile(path, self.layer_path(name))
+        ))
 
     def is_served(self, name: str) -> bool:
         """Say whether the block daemon has the layer open."""
@@ -237,17 +243,15 @@ class PoolDirectory:
 
     def is_used(self, name: str) -> bool:
         """Say whether any QEMU has the layer open, the daemon or another."""
-        path = self.layer_path(name)
-        return self._act(
-            f'probe {name}', lambda: qcow_layers.is_used(path)
-        )
+        return self._act(f'probe {name}', lambda: (
+            qcow_layers.is_used(self.layer_path(name))
+        ))
 
     def is_written(self, name: str) -> bool:
         """Say whether any QEMU may be writing to the layer."""
-        path = self.layer_path(name)
-        return self._act(
-            f'probe {name}', lambda: qcow_layers.is_written(path)
-        )
+        return self._act(f'probe {name}', lambda: (
+            qcow_layers.is_written(self.layer_path(name))
+        ))
 
     def hidden_bytes(self) -> int:
         """Return what layers take up that have no name of their own.
@@ -283,13 +287,17 @@ class PoolDirectory:
         """
         path = self.path('drafts', name)
         with self.node.open(path, 'xb') as f:
-            _flock(f.fileno())
+            self.node.blocking(lambda: _flock(f.fileno()))
             try:
                 yield path
             except errors.VolumeError:
                 with contextlib.suppress(errors.VolumeError):
                     self.node.unlink(path)
                 raise
+            finally:
+                self.node.blocking(
+                    lambda: fcntl.flock(f.fileno(), fcntl.LOCK_UN)
+                )
 
     def make(self, path: str, size_bytes: int) -> None:
         """Make a draft an all-zero image, durably."""
@@ -376,11 +384,15 @@ class PoolDirectory:
 
         :raises Busy: it does not end
         """
-        paths = frozenset(map(self.layer_path, names))
+        layers = tuple(names)
+        paths = self.node.blocking(
+            lambda: frozenset(map(self.layer_path, layers))
+        )
         if self._act(
             'probe layers', lambda: any(map(qcow_layers.is_used, paths))
         ):
-            self._act('end merges', lambda: _end_merges(paths))
+            # It waits, and looks at processes alone.
+            self.node.act('end merges', lambda: _end_merges(paths))
 
     def insist(self, names: Iterable[str], deed: Callable[[], T]) -> T:
         """Do what no merge of these layers may be in the way of.
@@ -438,7 +450,7 @@ class PoolDirectory:
                     failed, f'{what} in {self.directory}'
                 ) from failed
 
-        return self.node.act(what, mapped)
+        return self.node.act(what, lambda: self.node.blocking(mapped))
 
     def _target(self, pointer: str, text: str) -> str:
         match = TARGET.fullmatch(text)

@@ -53,7 +53,7 @@ class FileSource(Source):
     def stat(self, url: str) -> ImageStat:
         path = _path(url)
         with self._opened(path) as image:
-            return _stat(url, path, image)
+            return self._stat(url, path, image)
 
     @contextlib.contextmanager
     def open(
@@ -61,7 +61,7 @@ class FileSource(Source):
     ) -> Iterator[io.FileIO]:
         path = _path(image.url)
         with self._opened(path) as opened:
-            if _stat(image.url, path, opened).version != image.version:
+            if self._stat(image.url, path, opened).version != image.version:
                 raise errors.Conflict(
                     f'image {path} has changed since it was looked at'
                 )
@@ -71,7 +71,7 @@ class FileSource(Source):
     @contextlib.contextmanager
     def put(self, url: str) -> Iterator[File]:
         path = _path(url)
-        directory = os.path.realpath(os.path.dirname(path))
+        directory = self._resolved(os.path.dirname(path))
         self._check_under(
             directory, self.conf.image_upload_directories, path,
             'image_upload_directories',
@@ -85,7 +85,9 @@ class FileSource(Source):
         target = os.path.join(directory, os.path.basename(path))
         draft = os.path.join(directory, f'.{os.path.basename(path)}.draft')
         if self.node.exists(target):
-            if self.node.exists(draft) and os.path.samefile(draft, target):
+            if self.node.exists(draft) and self.node.blocking(
+                lambda: os.path.samefile(draft, target)
+            ):
                 # A crash came between its two names.
                 self.node.unlink(draft)
             raise errors.Conflict(f'image {path} is there already')
@@ -115,20 +117,24 @@ class FileSource(Source):
         allowed = self.conf.image_allowed_directories
         # First by name, so that nothing outside is touched at all.
         self._check_under(
-            os.path.realpath(path), allowed, path, 'image_allowed_directories'
+            self._resolved(path), allowed, path, 'image_allowed_directories'
         )
-        fd = self.node.act(f'open {os.path.basename(path)}', opening)
+        fd = self.node.act(
+            f'open {os.path.basename(path)}',
+            lambda: self.node.blocking(opening),
+        )
         try:
             self._check_under(
                 os.readlink(f'/proc/self/fd/{fd}'), allowed, path,
                 'image_allowed_directories',
             )
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            found = self.node.blocking(lambda: os.fstat(fd))
+            if not stat.S_ISREG(found.st_mode):
                 raise errors.Invalid(f'image {path} is not a regular file')
         except BaseException:
             os.close(fd)
             raise
-        with Reading(fd, 'rb') as opened:
+        with self.node.blocking(lambda: Reading(fd, 'rb')) as opened:
             yield opened
 
     @contextlib.contextmanager
@@ -149,19 +155,27 @@ class FileSource(Source):
             except OSError as failed:
                 raise meaning(failed, f'open {draft}') from failed
 
-        with io.FileIO(self.node.act('open draft', opening), 'r+b') as held:
+        blocking = self.node.blocking
+        fd = self.node.act('open draft', lambda: blocking(opening))
+        with blocking(lambda: io.FileIO(fd, 'r+b')) as held:
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                blocking(
+                    lambda: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                )
             except BlockingIOError:
                 raise errors.Busy(
                     f'{draft} is being written by another upload'
                 ) from None
             with self.node.open(draft, 'r+b') as file:
-                ours = os.fstat(held.fileno())
-                if not os.path.samestat(ours, os.fstat(file.fileno())):
+                if not blocking(lambda: os.path.sameopenfile(
+                    held.fileno(), file.fileno()
+                )):
                     raise errors.Busy(f'{draft} was taken by another upload')
                 file.truncate(0)
-                yield file
+                try:
+                    yield file
+                finally:
+                    blocking(lambda: fcntl.flock(held, fcntl.LOCK_UN))
 
     def _publish(self, draft: str, target: str) -> None:
         """Give the draft its name, durably; never replace a file."""
@@ -181,14 +195,29 @@ class FileSource(Source):
                 # No hard links here: the name was free a moment ago.
                 os.rename(draft, target)
 
-        self.node.act(f'publish {os.path.basename(target)}', link)
+        self.node.act(
+            f'publish {os.path.basename(target)}',
+            lambda: self.node.blocking(link),
+        )
         self.node.unlink(draft)
+
+    def _stat(self, url: str, path: str, opened: io.FileIO) -> ImageStat:
+        found = self.node.blocking(lambda: os.fstat(opened.fileno()))
+        version = '-'.join(
+            str(n) for n in (
+                found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns,
+            )
+        )
+        return ImageStat(url, found.st_size, version, True, path)
+
+    def _resolved(self, path: str) -> str:
+        return self.node.blocking(lambda: os.path.realpath(path))
 
     def _check_under(
         self, real: str, allowed: Sequence[str], path: str, option: str
     ) -> None:
         for directory in allowed:
-            root = os.path.realpath(directory)
+            root = self._resolved(directory)
             if os.path.commonpath((root, real)) == root:
                 return
         raise errors.Invalid(
@@ -216,13 +245,3 @@ def _path(url: str) -> str:
             f'image URL {url!r:.400} is not file:// and an absolute path'
         )
     return os.path.normpath(path)
-
-
-def _stat(url: str, path: str, opened: io.FileIO) -> ImageStat:
-    found = os.fstat(opened.fileno())
-    version = '-'.join(
-        str(n) for n in (
-            found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns,
-        )
-    )
-    return ImageStat(url, found.st_size, version, True, path)
