@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
+import selectors
 import signal
 
 from volume import errors
@@ -106,11 +106,15 @@ def _end(host: str, pid: int, started: str) -> None:
                 f'{host} (process {pid}) is silent, and may not be ended '
                 'from here: it runs as another user'
             ) from failed
-        if not select.select([fd], [], [], END_S)[0]:
-            raise errors.Unavailable(
-                f'{host} (process {pid}) is silent and does not end: it '
-                'hangs in the kernel, perhaps in its storage'
-            )
+        # Not select: its numbers end at 1024.
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            if selector.select(END_S):
+                return
+        raise errors.Unavailable(
+            f'{host} (process {pid}) is silent and does not end: it '
+            'hangs in the kernel, perhaps in its storage'
+        )
     finally:
         os.close(fd)
 

@@ -583,7 +583,10 @@ class Server:
             )
             try:
                 self._server.start()
-            except Exception as failed:
+            except (
+                messaging.MessagingException, KombuError, AMQPError, OSError,
+                RuntimeError,  # no more threads
+            ) as failed:
                 # Who is away is waited for. This one refuses us: it may be
                 # told of our user or virtual host later.
                 LOG.error(

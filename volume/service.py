@@ -165,12 +165,8 @@ class Service:
         self.runner.backends = table
         self._note_exporters()
         self.conf = conf
+        _try('stats', self._refresh)
         LOG.info('backends now: %s', ', '.join(table) or 'none')
-        try:
-            self._refresh()
-        except errors.VolumeError as failed:
-            # The next report says it all.
-            LOG.error('what backends are like is not reported: %s', failed)
 
     # Ours alone.
 
@@ -427,13 +423,7 @@ class Service:
             is_due = now
             while not stop.is_set():
                 if is_due:
-                    try:
-                        work()
-                    except errors.VolumeError as failed:
-                        LOG.error('%s: %s', name, failed)
-                    except Exception:
-                        # A bug here must not end the sweep or the leases.
-                        LOG.exception('%s failed by a bug', name)
+                    _try(name, work)
                 is_due = True
                 if is_sweep:
                     self.runner.idle(self.db.clock() + interval_s)
@@ -444,6 +434,19 @@ class Service:
         thread = threads.Thread(target=loop, name=name, daemon=True)
         thread.start()
         (self._pulses if pulse else self._threads).append(thread)
+
+
+def _try(name: str, work: Callable[[], object]) -> None:
+    """Do what comes again; without its thread it would come no more.
+
+    Nor must a bug end the sweep or the leases, or leave signals unheard.
+    """
+    try:
+        work()
+    except errors.VolumeError as failed:
+        LOG.error('%s: %s', name, failed)
+    except Exception:
+        LOG.exception('%s failed by a bug', name)
 
 
 def _exit() -> None:
@@ -492,11 +495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if service.address:
         print(f'volume-service: serving {service.address}/v3', flush=True)
     while (number := signals.wait()) == signal.SIGHUP:
-        try:
-            service.reload()
-        except Exception:
-            # The process would live on, and hear no signal any more.
-            LOG.exception('the configuration was not taken, by a bug')
+        _try('reload', service.reload)
     LOG.info(
         'service %s was told to end (%s), and drains', conf.host,
         signal.Signals(number).name,

@@ -178,7 +178,7 @@ class Reloads(ServiceCase):
             service, QCOW + FILE.replace('[b]', '[c]').replace(
                 'pool', 'other'), 'b, c',
         )
-        self.until(lambda: 'is not reported' in service.tail())
+        self.until(lambda: 'backends now: b, c' in service.tail())
         service.sql('ALTER TABLE away RENAME TO pools')
         self.until(lambda: self.state_of(service, 'c') == 'up')
         self.assertEqual('available', service.volume(kept)['status'])

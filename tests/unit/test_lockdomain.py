@@ -2,6 +2,7 @@
 """Who shares the locks of a machine, and what is proved of a silent one."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -70,6 +71,17 @@ class LockDomains(Joined):
         self.assertEqual(-signal.SIGKILL, child.wait(10))
         # It may have been ended by another neighbour, or have died.
         self.domain.end('there', 'o')
+
+    def test_a_member_is_ended_by_a_process_with_many_files(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE,
+                        (soft, hard))
+        child, _ = self.member('o')
+        for _ in range(1024):
+            self.addCleanup(os.close, os.open(os.devnull, os.O_RDONLY))
+        self.domain.end('there', 'o')
+        self.assertEqual(-signal.SIGKILL, child.wait(10))
 
     def test_one_that_was_started_again_is_left_alone(self):
         self.member('old')

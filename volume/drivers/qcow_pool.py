@@ -28,7 +28,7 @@ import contextlib
 import fcntl
 import os
 import re
-import select
+import selectors
 import signal
 import threading
 import time
@@ -591,6 +591,8 @@ def _kill(pid: int, deadline: float) -> None:
     fd = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(fd, signal.SIGKILL)
-        select.select([fd], [], [], max(deadline - time.monotonic(), 0))
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            selector.select(max(deadline - time.monotonic(), 0))
     finally:
         os.close(fd)
