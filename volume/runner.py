@@ -65,6 +65,7 @@ class Runner:
         self._rate = rate_bytes_per_s
         self._pools: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
         self._guard = threading.Lock()
+        self._taking = threading.Lock()
         self._active: dict[str, journal.Job] = {}
         self._waiting: dict[str, list[_Waiter]] = {}
         self._ended: collections.OrderedDict[str, Ended] = (
@@ -177,33 +178,10 @@ class Runner:
         found = self._db.read(lambda s: jobs.due(s, names, self.host, now))
         taken = 0
         for row in found:
-            with self._guard:
-                if row.id in self._active:
-                    continue
-            if row.kind not in FLOWS:
-                LOG.error(
-                    'job %s is %s, which this release does not know',
-                    row.id, row.kind,
-                )
-                continue
-
-            def take(session: Any, row: models.Job = row) -> bool:
-                return jobs.take(
-                    session, row, self.owner, self.host, now,
-                    self.settings.lease_s,
-                )
-
-            def taken_by_us(session: Any, row: models.Job = row) -> bool:
-                return jobs.is_held(session, row.id, self.owner, row.token + 1)
-
-            if self._db.write(take, taken_by_us):
-                row.node = jobs.node_of(row.kind, row.node, self.host)
-                heir = bool(row.owner_host)
-                row.owner, row.owner_host = self.owner, self.host
-                row.token += 1
-                row.expires_at = now + self.settings.lease_s
-                self._submit(row, {}, heir)
-                taken += 1
+            with self._taking:
+                if self._closed:
+                    break
+                taken += self._take(row, now)
         return taken
 
     def idle(self, until: float) -> None:
@@ -245,11 +223,38 @@ class Runner:
         for pool in pools:
             pool.shutdown(wait=True)
         try:
-            self._db.write(lambda s: jobs.release(s, self.owner))
+            with self._taking:  # what a sweep has in hand is given back, too
+                self._db.write(lambda s: jobs.release(s, self.owner))
         except errors.VolumeError as failed:
             LOG.warning('leases are left to run out: %s', failed)
 
     # Ours alone.
+
+    def _take(self, row: models.Job, now: float) -> bool:
+        """Take over a job that was due, unless another is faster."""
+        with self._guard:
+            if row.id in self._active:
+                return False
+        if row.kind not in FLOWS:
+            LOG.error(
+                'job %s is %s, which this release does not know', row.id,
+                row.kind,
+            )
+            return False
+        is_taken = self._db.write(
+            lambda s: jobs.take(
+                s, row, self.owner, self.host, now, self.settings.lease_s
+            ),
+            lambda s: jobs.is_held(s, row.id, self.owner, row.token + 1),
+        )
+        if is_taken:
+            row.node = jobs.node_of(row.kind, row.node, self.host)
+            heir = bool(row.owner_host)
+            row.owner, row.owner_host = self.owner, self.host
+            row.token += 1
+            row.expires_at = now + self.settings.lease_s
+            self._submit(row, {}, heir)
+        return is_taken
 
     def _submit(
         self, row: models.Job, known: dict[str, Any], is_heir: bool = False

@@ -499,6 +499,28 @@ class Drains(RunnerCase):
             (now.state, now.owner, now.direction, now.attempts),
         )
 
+    def test_what_a_sweep_takes_meanwhile_is_given_back(self):
+        rows = [self.accept(owner=None, expires_at=0.0) for _ in range(3)]
+        drained = threading.Event()
+        submit = self.runner._submit
+
+        def late(*words):
+            self.begun.release()
+            drained.wait(0.5)
+            submit(*words)
+
+        self.runner._submit = late
+        sweep = threading.Thread(target=self.runner.sweep)
+        sweep.start()
+        self.begun.acquire(timeout=LONG_S)
+        self.runner.drain(LONG_S)
+        drained.set()
+        sweep.join(LONG_S)
+        self.assertEqual(
+            {None}, {self.state(row).owner for row in rows}
+        )
+        self.assertEqual([], self.ran)
+
     def test_a_drained_runner_takes_nothing_more(self):
         self.runner.drain(1)
         self.accept(owner=None, expires_at=0.0)
