@@ -42,7 +42,7 @@ def watch(name):
         return real(path, *words, **options)
     setattr(os, name, watched)
 
-for name in 'stat', 'lstat', 'readlink', 'close', 'fstat', 'fsync':
+for name in 'stat', 'lstat', 'readlink', 'close', 'fstat', 'lseek':
     watch(name)
 sys.addaudithook(lambda event, args: event in (
     'open', 'os.listdir', 'os.scandir', 'os.link', 'os.rename', 'os.remove',
@@ -106,6 +106,7 @@ node.blockd.stop()
 
 IMAGES = """
 import types
+from volume.transfer import copy
 from volume.transfer.file import FileSource
 
 source = FileSource(types.SimpleNamespace(
@@ -118,6 +119,7 @@ with source.put(url) as file:
     file.write(b'a' * MIB)
 with source.open(source.stat(url)) as image:
     print(len(image.read(MIB)))
+    copy.digest_of(image, MIB, 'sha256')
 is_on[0] = False
 """
 

@@ -167,10 +167,13 @@ def digest_of(
 
 def file_extents(fd: int, size_bytes: int) -> Iterator[Extent]:
     """Yield the runs of a file, by what its file system says are holes."""
+    def seek(at: int, whence: int) -> int:
+        return concurrency.blocking(lambda: os.lseek(fd, at, whence))
+
     at = 0
     while at < size_bytes:
         try:
-            data = min(os.lseek(fd, at, os.SEEK_DATA), size_bytes)
+            data = min(seek(at, os.SEEK_DATA), size_bytes)
         except OSError as none_left:
             if none_left.errno != errno.ENXIO:
                 raise
@@ -179,7 +182,7 @@ def file_extents(fd: int, size_bytes: int) -> Iterator[Extent]:
             yield Extent(at, data - at, True)
         if data >= size_bytes:
             return
-        at = min(os.lseek(fd, data, os.SEEK_HOLE), size_bytes)
+        at = min(seek(data, os.SEEK_HOLE), size_bytes)
         yield Extent(data, at - data, False)
 
 
