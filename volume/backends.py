@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from oslo_config import cfg
@@ -22,6 +22,7 @@ from oslo_config import cfg
 from volume import conf as options
 from volume import errors
 from volume import model
+from volume import progress
 from volume.drivers import base
 from volume.exports import base as exports
 from volume.node import Node
@@ -45,6 +46,9 @@ class Backend:
     node: Node | None = None
     """Where the storage is; None is the machine of this service, too."""
     _checking: threading.Lock = dataclasses.field(
+        default_factory=threading.Lock
+    )
+    _tending: threading.Lock = dataclasses.field(
         default_factory=threading.Lock
     )
 
@@ -88,6 +92,29 @@ class Backend:
                 ) for pool in pools
             ]
         self.pools = {pool.name: pool for pool in pools}
+
+    def tend(self, rate_bytes_per_s: int = 0) -> None:
+        """Let the driver do a piece of background work in each pool.
+
+        Returns at once while it is still at an earlier one.
+        """
+        if not self.is_up or not isinstance(self.driver, base.Upkeep) or (
+            not self._tending.acquire(False)
+        ):
+            return
+        try:
+            for pool in list(self.pools):
+                if self.feature(pool, 'Upkeep'):
+                    self._tend(pool, rate_bytes_per_s)
+        finally:
+            self._tending.release()
+
+    def _tend(self, pool: str, rate_bytes_per_s: int) -> None:
+        try:
+            with progress.watching(None, rate_bytes_per_s):
+                self.call('upkeep', pool)
+        except errors.VolumeError as failed:
+            LOG.warning('upkeep of %s#%s: %s', self.name, pool, failed)
 
     def need(self) -> base.Driver:
         """Return the driver.
@@ -134,8 +161,17 @@ class Backend:
 
 def check_all(backends: Iterable[Backend], wait_s: float) -> None:
     """Check all backends at once; do not wait for the slow ones."""
+    each_alone(Backend.check, backends, wait_s)
+
+
+def each_alone(
+    work: Callable[[Backend], object],
+    backends: Iterable[Backend],
+    wait_s: float,
+) -> None:
+    """Do the same with all of them at once, and wait only so long."""
     threads = [
-        threading.Thread(target=backend.check, daemon=True)
+        threading.Thread(target=work, args=(backend,), daemon=True)
         for backend in backends
     ]
     for thread in threads:

@@ -27,10 +27,10 @@ from sqlalchemy.orm import Session
 from volume import errors
 from volume import ids
 from volume import lockdomain
-from volume import progress
 from volume import report
 from volume.backends import Backend
 from volume.backends import check_all
+from volume.backends import each_alone
 from volume.context import Caller
 from volume.core import Core
 from volume.db import jobs
@@ -232,25 +232,19 @@ def end_stale_reservations(core: Core, timeout_s: float) -> int:
 
 
 def upkeep(
-    backends: Iterable[Backend], rate_bytes_per_s: int = 0
+    backends: Iterable[Backend],
+    rate_bytes_per_s: int = 0,
+    wait_s: float = CHECK_S,
 ) -> None:
     """Let each driver do one bounded piece of its background work.
 
-    What it writes is written no faster than the rate.
+    What it writes is written no faster than the rate. Side by side, for one
+    may merge for hours, or hang: meanwhile others have snapshots that fill
+    up.
     """
-    for backend in backends:
-        if not backend.is_up or not isinstance(backend.driver, base.Upkeep):
-            continue
-        for pool in list(backend.pools):
-            if not backend.feature(pool, 'Upkeep'):
-                continue
-            try:
-                with progress.watching(None, rate_bytes_per_s):
-                    backend.call('upkeep', pool)
-            except errors.VolumeError as failed:
-                LOG.warning(
-                    'upkeep of %s#%s: %s', backend.name, pool, failed
-                )
+    each_alone(
+        lambda backend: backend.tend(rate_bytes_per_s), backends, wait_s
+    )
 
 
 def sweep_spool(node: Node, directory: str) -> None:

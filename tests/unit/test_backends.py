@@ -2,6 +2,8 @@
 """A section that is wrong is a backend that is down, and no more than that."""
 
 import os
+import threading
+import time
 import unittest
 
 from tests import sshd
@@ -9,10 +11,13 @@ from volume import backends
 from volume import conf as options
 from volume import errors
 from volume import model
+from volume import periodic
+from volume.drivers import base
 from volume.drivers import file
 from volume.node import Node
 from volume.testing import fixtures
 
+LONG_S = 30
 FAR = 'directories = /x\niscsi_portals = 192.0.2.1\n'
 # All that exporters have to be told, and a place where nothing can be.
 WAYS = (
@@ -278,3 +283,39 @@ class Guards(unittest.TestCase):
             for _ in range(3):
                 backend.check()
         self.assertEqual(1, len(logged.output))
+
+
+class Tends(base.Upkeep):
+    """A driver whose background work ends when the gate is open."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.begun = 0
+
+    def upkeep(self, pool):
+        self.begun += 1
+        self.gate.wait(LONG_S)
+        return False
+
+
+class Upkeep(unittest.TestCase):
+    def test_one_that_hangs_keeps_no_other_waiting(self):
+        stuck, quick = Tends(), Tends()
+        self.addCleanup(stuck.gate.set)
+        quick.gate.set()
+        pools = {'p': model.Pool('p', 1, 1, True, frozenset({'Upkeep'}))}
+        both = [
+            backends.Backend(name, None, driver, None, '', True, pools)
+            for name, driver in (('stuck', stuck), ('quick', quick))
+        ]
+        self.until(both, lambda: quick.begun >= 3)
+        # The one is at it only once, and goes on when it is done with that.
+        self.assertEqual(1, stuck.begun)
+        stuck.gate.set()
+        self.until(both, lambda: stuck.begun >= 2)
+
+    def until(self, both, is_right):
+        deadline = time.monotonic() + LONG_S
+        while not is_right():
+            self.assertLess(time.monotonic(), deadline)
+            periodic.upkeep(both, wait_s=0.01)

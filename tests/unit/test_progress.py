@@ -4,7 +4,6 @@
 import contextvars
 import threading
 import time
-import types
 import unittest
 
 from tests.unit.journal_case import JournalCase
@@ -13,8 +12,10 @@ from tests.unit.test_concurrency import START
 from volume import concurrency
 from volume import errors
 from volume import journal
+from volume import model
 from volume import periodic
 from volume import progress
+from volume.backends import Backend
 from volume.db import models
 from volume.drivers import base
 
@@ -63,11 +64,11 @@ class Told(unittest.TestCase):
                 progress.pace(progress.CREDIT_S * 1000 + 300)
                 return True
 
-        driver, begun_at = Tends(), time.monotonic()
-        periodic.upkeep([types.SimpleNamespace(
-            is_up=True, driver=driver, pools=['one'], name='backend',
-            feature=lambda pool, name: True,
-            call=lambda name, *args: getattr(driver, name)(*args),
+        begun_at = time.monotonic()
+        periodic.upkeep([Backend(
+            'b', None, Tends(), None, is_up=True, pools={
+                'one': model.Pool('one', 1, 1, True, frozenset({'Upkeep'})),
+            },
         )], 1000)
         self.assertGreater(time.monotonic() - begun_at, 0.25)
 
