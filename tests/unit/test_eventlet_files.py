@@ -63,6 +63,9 @@ def volume(driver, make):
 """
 
 DRIVER = """
+from volume.exports.base import Export
+from volume.exports.local import LocalExporter
+from volume.exports.nbd import NbdExporter
 from volume.drivers.{name} import {Name}Driver as Driver
 
 node.blockd = Blockd(node, f'{{root}}/s/blockd')
@@ -87,7 +90,15 @@ if '{name}' == 'qcow':
     while driver.upkeep('pool'):
         pass
 driver.resize(first, 8 * MIB)
-driver.map(first, model.Access.WRITE)
+device = driver.map(first, model.Access.WRITE)
+for exporter in LocalExporter(None, node), NbdExporter(None, node):
+    wanted = Export(ids.new(), first.id, (
+        driver.blocknode(first) if isinstance(exporter, NbdExporter)
+        else device
+    ), model.Host('h'), model.Access.WRITE, 8 * MIB)
+    exporter.check()
+    exporter.export(wanted)
+    exporter.unexport(wanted.attachment_id)
 driver.unmap(first)
 driver.describe(first, {{'a': 'b'}})
 is_on[0] = False  # what is not ours is made as somebody else does it

@@ -50,14 +50,16 @@ class LocalExporter(Exporter):
 
     def export(self, wanted: Export) -> model.Connection:
         attachment_id, access = wanted.attachment_id, wanted.access
-        path, format_name = _plain(wanted.source)
+        path, format_name = self.node.blocking(lambda: _plain(wanted.source))
         if not self.node.exists(path):
             raise errors.NotFound(f'{path} is not there to be attached')
         record: dict[str, object] = {
             'path': path, 'format': format_name, 'access': access.value,
         }
         there = self._record(attachment_id)
-        if there is None or (there != record and _is_same(there, record)):
+        if there is None or (there != record and self.node.blocking(
+            lambda: _is_same(there, record)
+        )):
             self.node.make_directory(self._directory)
             self.node.write(
                 self._path(attachment_id), json.dumps(record).encode()
@@ -134,7 +136,8 @@ class LocalExporter(Exporter):
                     'first, a path cannot be taken away from it'
                 )
             return
-        name, target = os.path.basename(path), os.path.realpath(path)
+        name = os.path.basename(path)
+        target = self.node.blocking(lambda: os.path.realpath(path))
         pid = self.node.act(f'probe {name}', lambda: (
             self.node.blocking(lambda: _opener(target))
         ))
