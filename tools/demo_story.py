@@ -29,6 +29,7 @@ from service_process import until
 from volume import errors
 
 GIB = 1 << 30
+UP_S = 30.0
 SLOW_S = 4.0  # an image that takes so long can be interrupted
 SEED = 1  # the same noise each time
 
@@ -105,6 +106,12 @@ class Demo:
     def start(self) -> None:
         with self.screen.step('start') as step:
             self.service.start()
+            # On a slow disk REST answers before they were looked at.
+            late = time.monotonic() + UP_S
+            while 'down' in self.states().values() and (
+                time.monotonic() < late
+            ):
+                time.sleep(0.05)
             self.screen.check(
                 self.states() == {'fast': 'up', 'archive': 'up'},
                 f'a backend is not up: {self.states()}',

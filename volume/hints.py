@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import queue
 import random
@@ -25,6 +26,7 @@ from volume import rpcapi
 from volume.context import current_request
 from volume.db import models
 from volume.db.engine import Database
+from volume.guarded import guarded
 from volume.runner import Runner
 
 LOG = logging.getLogger(__name__)
@@ -95,15 +97,13 @@ class Hints:
         with contextlib.closing(bus):
             while (word := self._words.get()) is not None:
                 current_request.set(word.request_id)
-                try:
-                    self._wake(bus, word)
-                except errors.VolumeError as failed:
-                    LOG.info(
-                        'job %s waits for a sweep: %s', word.job_id, failed
-                    )
-                except Exception:
-                    # The next word is worth a try all the same.
-                    LOG.exception('hints failed by a bug')
+                guarded('hints', functools.partial(self._say, bus, word))
+
+    def _say(self, bus: rpcapi.VolumeAPI, word: _Word) -> None:
+        try:
+            self._wake(bus, word)
+        except errors.VolumeError as failed:
+            LOG.info('job %s waits for a sweep: %s', word.job_id, failed)
 
     def _wake(self, bus: rpcapi.VolumeAPI, word: _Word) -> None:
         host = word.host or self._db.read(

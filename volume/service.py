@@ -46,6 +46,7 @@ from volume.db import schema
 from volume.db.engine import Clock
 from volume.db.engine import Database
 from volume.exports.base import Exporter
+from volume.guarded import guarded
 from volume.hints import Hints
 from volume.lockdomain import LockDomain
 from volume.manager import VolumeManager
@@ -165,7 +166,7 @@ class Service:
         self.runner.backends = table
         self._note_exporters()
         self.conf = conf
-        _try('stats', self._refresh)
+        guarded('stats', self._refresh)
         LOG.info('backends now: %s', ', '.join(table) or 'none')
 
     # Ours alone.
@@ -423,7 +424,7 @@ class Service:
             is_due = now
             while not stop.is_set():
                 if is_due:
-                    _try(name, work)
+                    guarded(name, work)
                 is_due = True
                 if is_sweep:
                     self.runner.idle(self.db.clock() + interval_s)
@@ -434,19 +435,6 @@ class Service:
         thread = threads.Thread(target=loop, name=name, daemon=True)
         thread.start()
         (self._pulses if pulse else self._threads).append(thread)
-
-
-def _try(name: str, work: Callable[[], object]) -> None:
-    """Do what comes again; without its thread it would come no more.
-
-    Nor must a bug end the sweep or the leases, or leave signals unheard.
-    """
-    try:
-        work()
-    except errors.VolumeError as failed:
-        LOG.error('%s: %s', name, failed)
-    except Exception:
-        LOG.exception('%s failed by a bug', name)
 
 
 def _exit() -> None:
@@ -495,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if service.address:
         print(f'volume-service: serving {service.address}/v3', flush=True)
     while (number := signals.wait()) == signal.SIGHUP:
-        _try('reload', service.reload)
+        guarded('reload', service.reload)
     LOG.info(
         'service %s was told to end (%s), and drains', conf.host,
         signal.Signals(number).name,

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from sqlalchemy import exists
 from sqlalchemy import select
@@ -24,6 +24,7 @@ from volume.core import Core
 from volume.db import jobs
 from volume.db import models
 from volume.exports.base import Exporter
+from volume.guarded import guarded
 from volume.lockdomain import LockDomain
 from volume.node import Node
 
@@ -114,21 +115,11 @@ def end_all(node: Node, exporters: Iterable[Exporter]) -> None:
     """
     end_children()
     if node.blockd is not None:
-        _try('the storage daemon', node.blockd.stop)
+        guarded('the end of the storage daemon', node.blockd.stop)
     for exporter in exporters:
-        _try('what is exported', exporter.abandon)
+        guarded('the end of what is exported', exporter.abandon)
     # This process worked on until now, and may have started others.
     end_children()
-
-
-def _try(what: str, effect: Callable[[], None]) -> None:
-    """Have an end be tried; the others are, whatever becomes of it."""
-    try:
-        effect()
-    except errors.VolumeError as failed:
-        LOG.error('%s: %s', what, failed)
-    except Exception:
-        LOG.exception('%s has not ended, by a bug', what)
 
 
 def end_children() -> None:

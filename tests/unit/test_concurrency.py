@@ -17,6 +17,14 @@ concurrency.start('eventlet')
 from volume.node import Node
 native = concurrency.native()
 """
+MANAGER = """
+with open('{root}/volume.conf', 'w') as f:
+    f.write('[DEFAULT]\\nlease_s = 1\\nhost = h\\nroles = manager\\n')
+    f.write('state_path = {root}/s\\n')
+from volume import conf, service
+started = service.Service(conf.load([], ['{root}/volume.conf']))
+started.start()
+"""
 
 
 def run(script, *words):
@@ -50,6 +58,10 @@ class Eventlet(unittest.TestCase):
         self.assertEqual('', done.stderr)
         self.assertEqual(0, done.returncode)
         return done.stdout
+
+    def manager_says(self, script):
+        with tempfile.TemporaryDirectory() as root:
+            return self.says(MANAGER.format(root=root) + script)
 
     def test_others_go_on_while_a_call_blocks(self):
         # The call ends only if a greenthread runs meanwhile.
@@ -236,18 +248,12 @@ print(
 """))
 
     def test_the_heart_beats_while_greenthreads_are_stuck(self):
-        with tempfile.TemporaryDirectory() as root:
-            self.assertEqual('True\n', self.says(f"""
-import os, sqlite3
-with open('{root}/volume.conf', 'w') as f:
-    f.write('[DEFAULT]\\nlease_s = 1\\nhost = h\\nroles = manager\\n')
-    f.write('state_path = {root}/s\\n')
-from volume import conf, service
-started = service.Service(conf.load([], ['{root}/volume.conf']))
-started.start()
+        self.assertEqual('True\n', self.manager_says("""
+import sqlite3
 beaten, tick = native.Event(), native.Event()
 def watch():
-    database = sqlite3.connect('{root}/s/volume.sqlite', timeout=30)
+    database = sqlite3.connect(
+        f'{started.node.state_dir}/volume.sqlite', timeout=30)
     def heard():
         return database.execute('SELECT heard_at FROM services').fetchall()
     before = heard()
@@ -261,14 +267,7 @@ started.stop()
 
     def test_heartbeat_and_leases_wait_for_one_another(self):
         # At their database, in native threads; no greenthread runs.
-        with tempfile.TemporaryDirectory() as root:
-            self.assertEqual('True\n', self.says(f"""
-with open('{root}/volume.conf', 'w') as f:
-    f.write('[DEFAULT]\\nlease_s = 1\\nhost = h\\nroles = manager\\n')
-    f.write('state_path = {root}/s\\n')
-from volume import conf, service
-started = service.Service(conf.load([], ['{root}/volume.conf']))
-started.start()
+        self.assertEqual('True\n', self.manager_says("""
 database = started._pulse_db
 inside, leave, beaten = native.Event(), native.Event(), native.Event()
 def renew(session):

@@ -21,12 +21,10 @@ MAY_CATCH_ALL = {
     'volume/backends.py': 1,
     'volume/concurrency.py': 1,
     'volume/drivers/rbd/watched.py': 2,
-    'volume/hints.py': 1,
+    'volume/guarded.py': 1,
     'volume/remote/agent.py': 1,
     'volume/rpc.py': 1,
-    'volume/service.py': 1,
     'volume/sim/xapi/pool.py': 1,
-    'volume/takeover.py': 1,
     'volume/transfer/copy.py': 1,
 }
 

@@ -120,6 +120,7 @@ class _App:
         except Refused as failed:
             wrong = failed
         except Exception:
+            # The one net of this door: who asked is answered all the same.
             LOG.exception(
                 'a bug, met by %s %r', request.method,
                 request.environ.get('PATH_INFO'),
