@@ -134,6 +134,30 @@ class Server(unittest.TestCase):
                 status, self.raw(made, request)[9:12], request[:60]
             )
 
+    def test_who_is_refused_in_mid_sentence_hears_why(self):
+        made = self.serve()
+        for path, headers, words in (
+            ('volumes', 'Content-Length: 10000000', b'exceeds the maximum'),
+            ('volumes', 'Content-Length: 1000000', b'body is larger than'),
+            ('nothing', 'Content-Length: 1000000', b'could not be found'),
+            ('volumes', 'Content-Length: x', b'Malformed'),
+            ('volumes', 'Transfer-Encoding: chunked\r\nContent-Length: 3',
+             b'or comes in chunks'),
+        ):
+            with self.subTest(path=path, headers=headers):
+                self.assertIn(words, self.told(made, (
+                    f'POST /v3/{path} HTTP/1.1\r\nHost: localhost\r\n'
+                    'Content-Type: application/json\r\n'
+                    f'Connection: close\r\n{headers}\r\n\r\n'
+                ).encode() + b' ' * 10_000_000))
+
+    def told(self, made, data):
+        """Say all, however long it is, and only then listen."""
+        address = made.url.removeprefix('http://').split(':')
+        with socket.create_connection(address, TIMEOUT_S) as sock:
+            sock.sendall(data)
+            return b''.join(iter(lambda: sock.recv(65536), b''))
+
     def test_a_body_in_chunks_is_read_to_its_end(self):
         got = []
 

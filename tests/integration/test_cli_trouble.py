@@ -2,6 +2,7 @@
 """``volume`` when something is wrong: the wait, the way, or the words."""
 
 import contextlib
+import http.client
 import json
 import os
 import pty
@@ -352,7 +353,7 @@ def answers(test, answer):
             with peer:
                 if ended.is_set():
                     return
-                peer.recv(65536)
+                hear(peer)
                 peer.sendall(answer)
 
     def end():
@@ -366,6 +367,16 @@ def answers(test, answer):
     thread.start()
     test.addCleanup(end)
     return f'http://127.0.0.1:{address[1]}/v3'
+
+
+def hear(peer):
+    """Read a whole request: who hangs up on a part of it sends a reset,
+    which may overtake the answer.
+    """
+    with peer.makefile('rb') as stream:
+        stream.readline()
+        length = http.client.parse_headers(stream)['Content-Length']
+        stream.read(int(length or 0))
 
 
 if __name__ == '__main__':

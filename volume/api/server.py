@@ -35,6 +35,8 @@ HEADER_BYTES_MAX = 32768
 BODY_BYTES_MAX = 1 << 20
 BACKLOG = 512
 KEEP_ALIVE_MAX = 256
+HEAR_OUT_S = 2.0
+PIECE_BYTES = 1 << 16
 
 
 class Server:
@@ -166,6 +168,20 @@ def _file(sock: Any, mode: str, buffer_bytes: int) -> Any:
 class _Request(http.HTTPRequest):
     """A request whose end nobody else can see elsewhere."""
 
+    def __init__(self, server: Any, conn: Any, *rest: Any) -> None:
+        super().__init__(server, conn, *rest)
+        conn.request = self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was announced has been read."""
+        if isinstance(self.rfile, http.ChunkedRFile):
+            return bool(self.rfile.closed)
+        return (
+            isinstance(self.rfile, http.KnownLengthRFile)
+            and not self.rfile.remaining
+        )
+
     def parse_request(self) -> None:
         try:
             super().parse_request()
@@ -218,6 +234,7 @@ class _Connection(http.HTTPConnection):
     """A connection whose TLS begins in its worker's time."""
 
     RequestHandlerClass = _Request
+    request: _Request | None = None
     has_spoken = False
     is_begun = False
 
@@ -233,7 +250,25 @@ class _Connection(http.HTTPConnection):
                 LOG.info('no TLS with %s: %s', self.remote_addr, failed)
                 return False
         self.is_begun = True
-        return super().communicate()  # type: ignore[no-untyped-call]
+        if super().communicate():  # type: ignore[no-untyped-call]
+            return True
+        if self.request is not None and not self.request.is_whole:
+            self._hear_out()
+        return False
+
+    def _hear_out(self) -> None:
+        """Let a client that still sends read why it was refused.
+
+        What is closed with something unread in it is reset, and a reset
+        overtakes the answer (RFC 9112, section 9.6).
+        """
+        deadline = time.monotonic() + HEAR_OUT_S
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+            while (left_s := deadline - time.monotonic()) > 0:
+                self.socket.settimeout(left_s)
+                if not self.socket.recv(PIECE_BYTES):
+                    return
 
 
 class _Cheroot(wsgi.Server):
