@@ -25,6 +25,8 @@ import unittest
 import uuid
 from typing import Any
 
+from tests.halt import halt
+
 START_S = 90.0
 END_S = 20.0
 NOBODY = 65534
@@ -166,7 +168,7 @@ class Cluster:
 
     def freeze(self, kind: str) -> None:
         """Stop a daemon as an overloaded machine does."""
-        self._daemons[kind].send_signal(signal.SIGSTOP)
+        halt(self._daemons[kind].pid)
 
     def thaw(self, kind: str) -> None:
         self._daemons[kind].send_signal(signal.SIGCONT)

@@ -8,6 +8,7 @@ the driver gives, no more. What they answer was taken from the real ones
 kernel can show, is for the lab.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ GROUP = 'sim-vg'
 GROUP_UUID = 'SIMGRP-0000-0000-0000-0000-0000-000000'
 EXTENT = 1 << 16
 MAPPER = '/dev/mapper/'
+LOCKING_DIR = '/run/lock/lvm'
 STALE = b'\xee'  # what lies in extents that nobody has written yet
 BLOCK = 1 << 12  # of a thin pool
 
@@ -48,6 +50,7 @@ class World:
     def __init__(self, directory, extents, has_pool=False):
         self.directory = directory
         self.mutex = threading.RLock()
+        self.lock = threading.Lock()  # the file that LVM's commands go by
         self.disk = [STALE * EXTENT] * extents
         self.free = set(range(extents))
         self.lvs = {}
@@ -78,7 +81,13 @@ class World:
             at = words.index('--config')
             said += words[at + 1]
             del words[at:at + 2]
-        with self.mutex:
+        lock = contextlib.nullcontext()
+        if '--nolocking' in words:
+            assert self.lock.locked(), argv
+            words.remove('--nolocking')
+        elif argv[0][:2] in ('lv', 'pv', 'vg'):
+            lock = self.lock
+        with lock, self.mutex:
             self._discards = self.discards and 'issue_discards=0' not in said
             try:
                 return getattr(self, f'_{argv[0]}')(words) or ''
@@ -113,6 +122,8 @@ class World:
         self.has_group = True
 
     def _lvm(self, words):
+        if words[0] == 'lvmconfig':
+            return f'locking_dir="{LOCKING_DIR}"\n'
         assert words[0] == 'fullreport' and self.has_group, words
         assert GROUP in words
         at = words.index('lv')
@@ -121,7 +132,6 @@ class World:
         return json.dumps({'report': [{
             'vg': [{
                 'vg_name': GROUP, 'vg_uuid': GROUP_UUID,
-                'vg_seqno': str(self.seqno),
                 'vg_size': str(len(self.disk) * EXTENT),
                 'vg_free': str(len(self.free) * EXTENT),
                 'vg_extent_size': str(EXTENT), 'vg_mda_size': '1044480',
@@ -495,6 +505,12 @@ class Machine:
             ]
             return Node._run(self, argv, *others)
         return self.world.command(list(argv))
+
+    @contextlib.contextmanager
+    def borrow(self, path, wait_s):
+        assert path == f'{LOCKING_DIR}/V_{GROUP}', path
+        with self.world.lock:
+            yield
 
     def open(self, path, mode='rb'):
         return super().open(self._there(path), mode)

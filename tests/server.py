@@ -23,6 +23,8 @@ from sqlalchemy import create_engine
 from sqlalchemy import exc
 from sqlalchemy import pool
 
+from tests.halt import halt
+
 START_S = 90.0
 END_S = 30.0
 NOBODY = 65534
@@ -79,7 +81,9 @@ class Server(abc.ABC):
 
     def freeze(self) -> None:
         """Stop every process of it, as an overloaded machine does."""
-        self._signal(signal.SIGSTOP)
+        for pid in self._pids():
+            with contextlib.suppress(ProcessLookupError):
+                halt(pid)
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
@@ -96,12 +100,14 @@ class Server(abc.ABC):
         self._process = None
 
     def _signal(self, number: int) -> None:
-        """Signal it and what it has forked; those have other groups."""
-        assert self._process is not None
-        pids = [self.pid, *children(self.pid)]
-        for pid in pids:
+        for pid in self._pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def _pids(self) -> list[int]:
+        """Return it and what it has forked; those have other groups."""
+        assert self._process is not None
+        return [self.pid, *children(self.pid)]
 
     def stop(self) -> None:
         """End it in good order; what it stored stays."""

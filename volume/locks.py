@@ -23,6 +23,7 @@ from volume import errors
 from volume.endings import TERM_S
 
 WAIT_S = 10.0
+PAUSE_S = 0.01
 LOOK_S = 0.1
 """Between two looks at who holds a lock, which take a while."""
 FLAGS = re.compile(r'^flags:\s*([0-7]+)$', re.MULTILINE)
@@ -58,6 +59,36 @@ def hold(
             )
             for name in sorted(modes)
         )
+
+
+@contextlib.contextmanager
+def borrow(
+    path: str, wait_s: float, check: Callable[[], None]
+) -> Iterator[int]:
+    """Hold the lock file of another program; yield the descriptor.
+
+    Nobody is ended for it. ``check`` is called while it waits, and ends
+    that by raising.
+
+    :raises Unavailable: it is still held after that time, or cannot be had
+    """
+    late = time.monotonic() + wait_s
+    try:
+        while (fd := _try(path, fcntl.LOCK_EX)) is None:
+            check()
+            if time.monotonic() > late:
+                raise errors.Unavailable(
+                    f'{path} is still locked by {_told(_holders(path))}'
+                )
+            time.sleep(PAUSE_S)
+    except OSError as failed:
+        raise errors.Unavailable(
+            f'{path} cannot be locked: {failed.strerror}'
+        ) from failed
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def forget(directory: str, name: str) -> None:
@@ -161,24 +192,33 @@ def _take(
 ) -> int:
     path = holders.path
     grace_ends_at = time.monotonic() + grace_s
+    while (fd := _try(path, mode)) is None:
+        now = time.monotonic()
+        if now > grace_ends_at + wait_s:
+            raise errors.Unavailable(
+                f'{path} is still locked by {_told(_holders(path))}'
+            )
+        if now >= grace_ends_at:
+            concurrency.blocking(holders.end)
+        time.sleep(PAUSE_S)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _try(path: str, mode: int) -> int | None:
+    """Return the descriptor of the lock, or None if others hold it."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, mode | fcntl.LOCK_NB)
+            if _is_current(fd, path):
+                return fd
         except BlockingIOError:
             os.close(fd)
-            now = time.monotonic()
-            if now > grace_ends_at + wait_s:
-                raise errors.Unavailable(
-                    f'{path} is still locked by {_told(_holders(path))}'
-                ) from None
-            if now >= grace_ends_at:
-                concurrency.blocking(holders.end)
-            time.sleep(0.01)
-            continue
-        if _is_current(fd, path):
-            stack.callback(os.close, fd)
-            return fd
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
 
 

@@ -436,6 +436,22 @@ class Node:
             finally:
                 held.reset(token)
 
+    @contextlib.contextmanager
+    def borrow(self, path: str, wait_s: float) -> Iterator[None]:
+        """Hold a lock file (flock) that another program goes by.
+
+        Here and in every command started meanwhile. Nobody is ended for it.
+
+        :raises Unavailable: it is still held after that time, or cannot be
+            had
+        """
+        with locks.borrow(path, wait_s, self._tick) as descriptor:
+            token = held.set((*held.get(), descriptor))
+            try:
+                yield
+            finally:
+                held.reset(token)
+
     def forget_locks(self, names: Sequence[str]) -> None:
         """Remove the lock files of what no longer exists."""
         for name in names:

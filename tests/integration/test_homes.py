@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where attachments are open, as rows say it: one service, others in words."""
 
-import contextlib
-import io
-import logging
 import os
 import unittest
 
 from sqlalchemy import update
 
+from tests.integration import managing
 from tests.integration import serving
 from volume import errors
 from volume import ids
 from volume import periodic
 from volume.blockd import Blockd
-from volume.cli import manage
 from volume.context import Caller
 from volume.db import models
 from volume.verbs import attachments
@@ -66,17 +63,8 @@ class Homes(unittest.TestCase):
 
     def manage(self, *words):
         path = os.path.join(self.world.directory, 'volume.conf')
-        for logger in logging.getLogger(), logging.getLogger('volume'):
-            self.addCleanup(setattr, logger, 'handlers', [*logger.handlers])
-            self.addCleanup(logger.setLevel, logger.level)
-        said, mask = io.StringIO(), os.umask(0o077)
-        try:
-            with contextlib.redirect_stderr(said):
-                with contextlib.redirect_stdout(said):
-                    code = manage.main(['--config-file', path, *words])
-        finally:
-            os.umask(mask)
-        return code, said.getvalue()
+        code, said, wrong = managing.run('--config-file', path, *words)
+        return code, said + wrong
 
     def test_an_attachment_says_where_it_is_open(self):
         _, attachment_id = self.attached()

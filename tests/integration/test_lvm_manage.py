@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``volume-manage lvm`` as a command; what it finds, units and lab show."""
 
-import contextlib
-import io
 import json
-import logging
 import os
 import unittest
 
-from volume.cli import manage
+from tests.integration import managing
 from volume.testing import fixtures
 
 
@@ -27,13 +24,7 @@ class Command(unittest.TestCase):
         self.assertEqual(0, self.manage('db', 'upgrade')[0])
 
     def manage(self, *words):
-        for logger in logging.getLogger(), logging.getLogger('volume'):
-            self.addCleanup(setattr, logger, 'handlers', [*logger.handlers])
-            self.addCleanup(logger.setLevel, logger.level)
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = manage.main(['--config-file', self.path, *words])
-        return code, out.getvalue(), err.getvalue()
+        return managing.run('--config-file', self.path, *words)
 
     def test_group_that_is_not_there_is_named_and_ends_it_with_1(self):
         code, said, _ = self.manage(

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``volume-manage`` beside a real service: what it says, and to whom."""
 
-import contextlib
-import io
 import json
 import os
 import unittest
 
 from tests import database
+from tests.integration import managing
 from tests.integration import serving
-from volume.cli import manage
 from volume.testing import fixtures
 
 
@@ -19,16 +17,8 @@ class Status(unittest.TestCase):
 
     def manage(self, *words):
         """Run a command; return its exit code and what it has printed."""
-        out, err = io.StringIO(), io.StringIO()
         path = os.path.join(self.world.directory, 'volume.conf')
-        mask = os.umask(0o077)
-        try:
-            with contextlib.redirect_stdout(out):
-                with contextlib.redirect_stderr(err):
-                    code = manage.main(['--config-file', path, *words])
-        finally:
-            os.umask(mask)
-        return code, out.getvalue(), err.getvalue()
+        return managing.run('--config-file', path, *words)
 
     def test_it_says_by_its_exit_code_whether_all_is_well(self):
         self.world.make()

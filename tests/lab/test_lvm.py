@@ -19,6 +19,7 @@ from volume import ids
 from volume import model
 from volume.cli import manage_lvm
 from volume.drivers.lvm import driver
+from volume.drivers.lvm import groups
 from volume.drivers.lvm import options
 
 # One byte in every so many-th 64 KiB of 256 MiB. DEVICE STEP
@@ -175,6 +176,28 @@ class ThickBytesTest(CachedCase, unittest.TestCase):
         self.driver.delete(volume)
         # As the machine's own configuration has it.
         self.assertLess(before, self.discards())
+
+    def test_no_command_of_lvm_comes_between_those_that_hand_extents_on(self):
+        volume = self.volume()
+        with self.driver._store(self.group).group.alone() as group:
+            stranger = self.guest.start(
+                'lvcreate', '-qq', '--yes', '-l', '1', '-n', 'strange',
+                self.group,
+            )
+            self.addCleanup(stranger.communicate)
+            while '-> FLOCK' not in self.guest.run('cat', '/proc/locks'):
+                self.assertIsNone(stranger.poll())
+            group.change('lvcreate', '-l', '1', '-n', 'mine', self.group)
+            self.assertEqual(
+                {'mine', f'volume-{volume.id}'},
+                {lv.name for lv in group.look(groups.EVERYTHING).lvs},
+            )
+            group.remove('mine')
+        said, _ = stranger.communicate(timeout=60)
+        self.assertEqual(0, stranger.returncode, said)
+        self.assertEqual(
+            {'strange', f'volume-{volume.id}'}, set(self.lvs()))
+        self.lvm('lvremove', f'{self.group}/strange')
 
     def discards(self):
         """Return how often the disks were told that something is free."""

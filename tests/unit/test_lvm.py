@@ -77,9 +77,8 @@ class Reports(unittest.TestCase):
     def test_group_and_its_disks_are_read(self):
         vg = self.vg
         self.assertEqual(
-            ('rec-vg', 12, 4290772992, 4173332480, 4194304),
-            (vg.name, vg.seqno, vg.size_bytes, vg.free_bytes,
-             vg.extent_bytes),
+            ('rec-vg', 4290772992, 4173332480, 4194304),
+            (vg.name, vg.size_bytes, vg.free_bytes, vg.extent_bytes),
         )
         self.assertEqual(['/dev/vdd'], [pv.name for pv in vg.pvs])
         self.assertEqual(frozenset(), vg.missing)

@@ -289,22 +289,43 @@ class ThickTest(Case):
             2 * SIZE // lvm.EXTENT,
             self.world.disk.count(bytes(lvm.EXTENT)))
 
-    def test_extents_that_others_had_in_between_are_zeroed_again(self):
+    def test_nobody_has_the_extents_of_a_growing_volume_in_between(self):
         volume = self.volume(seed=1)
-        extend = self.world._lvextend
+        extend, others = self.world._lvextend, []
 
         def beside(words):
-            # Another process takes the extents, writes, and gives them back.
-            for number in self.world.free:
-                self.world.disk[number] = b'\xbb' * lvm.EXTENT
-            self.world.seqno += 2
+            # Another process would take them, if it could.
+            others.append(threading.Thread(target=self.lvm, args=(
+                'lvcreate', '-n', 'strange', '-l', '6', lvm.GROUP,
+            )))
+            others[0].start()
+            others[0].join(0.2)
             extend(words)
 
         self.world._lvextend = beside
         self.driver.resize(volume, 2 * SIZE)
+        others[0].join()
+        self.assertIn('strange', self.world.lvs)
         found = workbench.content(self.driver, volume)
         self.assertEqual(workbench.pattern(1, SIZE), found[:SIZE])
         self.assertFalse(any(found[SIZE:]))
+
+    def test_zeros_that_somebody_removes_become_part_of_nothing(self):
+        volume = self.volume(seed=1)
+        change = self.world._lvchange
+
+        def beside(words):
+            change(words)
+            if '-an' in words:
+                self.world._lvremove(words[-1:])
+
+        self.world._lvchange = beside
+        with self.assertRaisesRegex(errors.Unavailable, 'went away'):
+            self.driver.resize(volume, 2 * SIZE)
+        self.assert_seed(volume, 1)
+        self.world._lvchange = change
+        self.driver.resize(volume, 2 * SIZE)
+        self.assertFalse(any(workbench.content(self.driver, volume)[SIZE:]))
 
     def test_what_a_host_writes_where_a_volume_has_grown_stays(self):
         volume, other = self.volume(seed=1), self.volume()
@@ -338,23 +359,6 @@ class ThickTest(Case):
         self.assertEqual(workbench.pattern(1, SIZE), found[:SIZE])
         self.assertEqual(b'mine', found[SIZE:SIZE + 4])
         self.assertFalse(any(found[SIZE + 4:]))
-
-    def test_extents_that_others_keep_are_replaced_by_other_ones(self):
-        volume = self.volume(seed=1)
-        extend, taken = self.world._lvextend, []
-
-        def beside(words):
-            if not taken:
-                taken.append(words)
-                self.world._lvcreate(
-                    ['-n', 'strange', '-l', '6', lvm.GROUP])
-            extend(words)
-
-        self.world._lvextend = beside
-        self.driver.resize(volume, 2 * SIZE)
-        found = workbench.content(self.driver, volume)
-        self.assertFalse(any(found[SIZE:]))
-        self.assertEqual(2 * SIZE, len(found))
 
     def test_volume_that_somebody_uses_stays_what_it_is(self):
         volume = self.volume(seed=1)

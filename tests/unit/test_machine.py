@@ -9,12 +9,13 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from volume import errors
 from volume.machine.opened import Opened
@@ -291,6 +292,97 @@ class ProcessTest(MachineCase):
     def test_program_that_is_missing_is_told_of(self) -> None:
         with self.assertRaisesRegex(errors.Unavailable, 'not installed'):
             self.node.start(['no-such-program'], self.path('log'))
+
+
+class BorrowTest(MachineCase):
+    """Lock files of other programs, which flock(1) stands for here."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lock = self.path('V_vg')
+
+    @contextlib.contextmanager
+    def another(self) -> Iterator[subprocess.Popen[str]]:
+        """Have another program hold the lock until it hears something."""
+        with subprocess.Popen(
+            ['flock', '-o', self.lock, 'sh', '-c', 'echo in; read line'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as program:
+            assert program.stdin and program.stdout
+            try:
+                self.assertEqual('in\n', program.stdout.readline())
+                yield program
+            finally:
+                program.stdin.close()
+
+    def is_free(self) -> bool:
+        return subprocess.run(['flock', '-n', self.lock, 'true']
+                              ).returncode == 0
+
+    def wait_until_free(self) -> None:
+        # A remote one is given back, and nobody waits for that.
+        late = time.monotonic() + 30
+        while not self.is_free() and time.monotonic() < late:
+            pass
+        self.assertTrue(self.is_free())
+
+    def test_no_other_program_has_it_meanwhile(self) -> None:
+        for _ in range(2):
+            with self.node.borrow(self.lock, 30):
+                self.assertFalse(self.is_free())
+                self.node.run('true')
+                self.assertFalse(self.is_free())
+            self.wait_until_free()
+
+    def test_it_is_given_back_after_a_failure(self) -> None:
+        with self.assertRaisesRegex(errors.Busy, 'x'):
+            with self.node.borrow(self.lock, 30):
+                raise errors.Busy('x')
+        self.wait_until_free()
+
+    def test_who_has_it_is_named_and_not_ended(self) -> None:
+        with self.another() as program:
+            with self.assertRaisesRegex(
+                errors.Unavailable, f'locked by process {program.pid}'
+            ):
+                with self.node.borrow(self.lock, 0.1):
+                    self.fail('it has the lock')
+            self.assertIsNone(program.poll())
+
+    def test_it_waits_for_who_has_it(self) -> None:
+        with self.another() as program:
+            timer = threading.Timer(0.3, program.communicate, ['go\n'])
+            timer.start()
+            with self.node.borrow(self.lock, 30):
+                self.assertEqual(0, program.wait(0))
+            timer.join()
+
+    def test_file_that_its_program_has_made_anew_is_the_lock(self) -> None:
+        # LVM removes the file when it is done, and the next makes another.
+        with self.another():
+            os.unlink(self.lock)
+            with self.node.borrow(self.lock, 30):
+                self.assertFalse(self.is_free())
+
+    def test_command_that_outlives_us_keeps_it(self) -> None:
+        ready, late = self.path('ready'), self.path('late')
+        os.mkfifo(ready)
+        with self.node.borrow(self.lock, 30):
+            self.node.run('sh', '-c', (
+                f'(read line < {ready}; echo > {late}) '
+                '> /dev/null 2>&1 < /dev/null &'
+            ))
+        self.assertFalse(self.is_free())
+        with open(ready, 'w') as f:
+            f.write('go\n')
+        with self.node.borrow(self.lock, 30):
+            self.assertTrue(os.path.exists(late))
+
+    def test_lock_that_cannot_be_had_is_told_of(self) -> None:
+        path = self.path('none/V_vg')
+        with self.assertRaisesRegex(errors.Unavailable, 'No such file'):
+            with self.node.borrow(path, 30):
+                self.fail('it has the lock')
 
 
 class OpenedTest(MachineCase):

@@ -74,6 +74,23 @@ class ProcessTest(test_machine.ProcessTest):
         return sshd.direct_node(self)
 
 
+class BorrowTest(test_machine.BorrowTest):
+    """Lock files of other programs on another machine."""
+
+    def make_node(self) -> Node:
+        return sshd.direct_node(self)
+
+    def test_lost_connection_gives_it_back(self) -> None:
+        with contextlib.suppress(errors.VolumeError):
+            with self.node.borrow(self.lock, 30):
+                self.node.close()
+                self.wait_until_free()
+                with self.assertRaisesRegex(
+                    errors.Unavailable, 'nothing was done'
+                ):
+                    self.node.run('true')
+
+
 class OpenedTest(test_machine.OpenedTest):
     """Open files of another machine."""
 

@@ -74,6 +74,21 @@ class LinkTest(unittest.TestCase):
         link.post('release', hold(WAIT_S))
         self.assertFalse(link.is_lost)
 
+    def test_lock_of_others_that_comes_too_late_is_given_back(self) -> None:
+        link, path = self.agent(), os.path.join(self.root, 'lock')
+
+        def borrow(timeout_s: float) -> int:
+            return int(link.call(
+                'borrow', path, 2 * WAIT_S, timeout_s=timeout_s
+            )[0])
+
+        first = borrow(WAIT_S)
+        with self.assertRaisesRegex(errors.Unknown, 'within 0.1 s'):
+            borrow(0.1)
+        link.post('release', first)
+        link.post('release', borrow(WAIT_S))
+        self.assertFalse(link.is_lost)
+
     def test_file_that_is_opened_too_late_is_closed(self) -> None:
         link = self.agent()
         path = os.path.join(self.root, 'fifo')

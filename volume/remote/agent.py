@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from volume import errors
+from volume import locks
 from volume.commands import KILLED_S
 from volume.endings import TERM_S
 from volume.machine.opened import Opened
@@ -394,19 +395,28 @@ class Agent:
             turn = stack.enter_context(self._tickets.hold(
                 wanted, exclusive, grace_s, self._node._tick
             ))
-            if turn is None:
-                return None
-            with self._guard:
-                self._numbers += 1
-                self._turns[self._numbers] = turn, stack.pop_all()
-                return self._numbers
+            return self._keep(turn, stack) if turn else None
+
+    def _borrow(self, request: Request, path: str, wait_s: float) -> int:
+        with contextlib.ExitStack() as stack:
+            descriptor = stack.enter_context(
+                locks.borrow(path, wait_s, self._node._tick)
+            )
+            return self._keep(Turn({path: descriptor}, {}), stack)
+
+    def _keep(self, turn: Turn, stack: contextlib.ExitStack) -> int:
+        """Hold this until it is released."""
+        with self._guard:
+            self._numbers += 1
+            self._turns[self._numbers] = turn, stack.pop_all()
+            return self._numbers
 
 
 VERBS: dict[str, Callable[..., Any]] = {
     'open': Agent._open, 'run': Agent._run, 'configure': Agent._configure,
     'talk': Agent._talk, 'start': Agent._start, 'end': Agent._end,
     'is_running': Agent._is_running, 'tickets': Agent._look,
-    'hold': Agent._hold,
+    'hold': Agent._hold, 'borrow': Agent._borrow,
 }
 
 

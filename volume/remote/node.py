@@ -57,6 +57,17 @@ _holds: contextvars.ContextVar[tuple[_Hold, ...]] = contextvars.ContextVar(
 )
 
 
+@contextlib.contextmanager
+def _holding(held: _Hold) -> Iterator[None]:
+    """Do everything under these locks, and give them back."""
+    token = _holds.set((*_holds.get(), held))
+    try:
+        yield
+    finally:
+        _holds.reset(token)
+        held.link.post('release', held.number)
+
+
 class SshNode(Node):
     """A machine with an agent, at the other end of ssh."""
 
@@ -215,13 +226,18 @@ class SshNode(Node):
         if not wanted:
             yield
             return
-        held = self._take(wanted, list(exclusive), grace_s, prove)
-        token = _holds.set((*_holds.get(), held))
-        try:
+        with _holding(self._take(wanted, list(exclusive), grace_s, prove)):
             yield
-        finally:
-            _holds.reset(token)
-            held.link.post('release', held.number)
+
+    @contextlib.contextmanager
+    def borrow(self, path: str, wait_s: float) -> Iterator[None]:
+        link, holds = self._at_hand()
+        number, _ = self.act(f'borrow {os.path.basename(path)}', lambda: (
+            link.call('borrow', path, wait_s, holds=holds,
+                      timeout_s=wait_s + SLACK_S)
+        ))
+        with _holding(_Hold(self, link, int(number))):
+            yield
 
     def forget_locks(self, names: Sequence[str]) -> None:
         # The agent removes those that nobody has used for a week: until

@@ -133,7 +133,10 @@ class Tickets:
 
 
 class Turn:
-    """Locks that are held, until a later owner takes one of their tickets."""
+    """Locks that are held, until a later owner takes one of their tickets.
+
+    Those that other programs go by have none.
+    """
 
     def __init__(
         self, descriptors: Mapping[str, int], tickets: Mapping[str, str]
@@ -141,7 +144,7 @@ class Turn:
         self.descriptors = tuple(descriptors.values())
         self._kept = [
             (name, fd, tickets[name].encode())
-            for name, fd in descriptors.items()
+            for name, fd in descriptors.items() if name in tickets
         ]
 
     def check(self) -> None:

@@ -30,7 +30,7 @@ from volume.machine import qemulocks
 from volume.machine import users
 
 MAGIC = b'volnode1'
-VERSION = 1
+VERSION = 2
 """Of requests and answers; both sides must have the same."""
 
 LENGTHS = struct.Struct('>II')
@@ -68,7 +68,9 @@ QUESTIONS = frozenset({
 })
 """What changes nothing: without its answer nothing has happened."""
 
-OPPOSITES: Mapping[str, str] = {'hold': 'release', 'open': 'file.close'}
+OPPOSITES: Mapping[str, str] = {
+    'hold': 'release', 'borrow': 'release', 'open': 'file.close',
+}
 """What gives back the number that a request was answered with."""
 
 Header = dict[str, Any]

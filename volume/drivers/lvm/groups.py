@@ -5,17 +5,22 @@ A node may see disks of guests and of other machines. So the disks of a
 group are found by one look at everything, and each command thereafter is
 told to accept these and no other. A report that misses a disk leads to
 another look, for a person may have extended the group.
+
+LVM holds a lock on the group for each command. Where extents go from one
+logical volume to another, which takes two, that lock is held around both.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import logging
 import os
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,12 +45,12 @@ NOTHING = 'lv_name=""'  # a selection; no logical volume is without a name
 EVERYTHING = ''
 
 # LVM lets one command at a time change a group. Ours wait here, those of all
-# backends, so that whoever hands extents from one logical volume to another
-# has nobody of this process in between.
+# backends: whoever looks and then changes has nobody of ours in between.
 _locks: weakref.WeakKeyDictionary[Node, dict[str, Lock]]
 _locks = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
 
+_LOCKING_DIR = re.compile(r'^locking_dir="(/[^"]+)"$', re.MULTILINE)
 _SPECIAL = re.compile(r'[.^$*+?(){}|\\\[\]]')
 
 
@@ -57,6 +62,7 @@ class Group:
         self.settings = settings
         self.node = node
         self.changing = _changing(node, name)
+        self._locking: tuple[str, ...] = ()
         self._uuid = ''
         self._filter: tuple[str, ...] = ()
         self._known: dict[str, str] = {}
@@ -71,8 +77,7 @@ class Group:
         :raises Invalid: it belongs to another machine
         :raises Unsupported: it is shared with other machines
         """
-        seen = [pv for pv in scan(self.node, self.settings.timeout_s)
-                if pv.vg_name == self.name]
+        seen = self._scan()
         if not seen:
             raise errors.Unavailable(
                 f'this node has no volume group {self.name}: make it '
@@ -101,10 +106,11 @@ class Group:
 
     def exists(self) -> bool:
         """Say whether any disk has a group of this name."""
-        return any(
-            pv.vg_name == self.name
-            for pv in scan(self.node, self.settings.timeout_s)
-        )
+        return bool(self._scan())
+
+    def _scan(self) -> list[Seen]:
+        found = scan(self.node, self.settings.timeout_s, *self._locking)
+        return [pv for pv in found if pv.vg_name == self.name]
 
     def _refuse_foreign(self, pv: Seen) -> None:
         what = f'volume group {self.name}'
@@ -218,6 +224,29 @@ class Group:
         """
         with self.changing:
             self._run(command, '--yes', *self._config(may_discard), *argv)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[Group]:
+        """Yield the group as nobody else reads or changes it meanwhile.
+
+        No command of LVM, whoever runs it: its lock is held. So all that is
+        asked must be asked of the one that is yielded.
+
+        :raises Unavailable: another command goes on for too long
+        """
+        said = self._run(
+            'lvm', 'lvmconfig', '--typeconfig', 'full', 'global/locking_dir'
+        )
+        where = _LOCKING_DIR.search(said)
+        if where is None:
+            raise errors.Unavailable(
+                f'LVM does not say where its locks are, but {said!r:.100}'
+            )
+        path = f'{where[1]}/V_{self.name}'
+        with self.changing, self.node.borrow(path, self.settings.timeout_s):
+            inside = copy.copy(self)
+            inside._locking = ('--nolocking',)
+            yield inside
 
     def wake(self, name: str) -> None:
         """Let a device go on that a command, ended in its middle, has left.
@@ -347,9 +376,9 @@ class Group:
         except CommandFailed as failed:
             LOG.warning('udev is slow: %s', failed)
 
-    def _config(self, may_discard: bool = True) -> tuple[str, str]:
+    def _config(self, may_discard: bool = True) -> tuple[str, ...]:
         accepted = ''.join(f'"a|^{_quoted(path)}$|",' for path in self._filter)
-        return '--config', (
+        return *self._locking, '--config', (
             'devices{use_devicesfile=0 hints="none" '
             f'{"" if may_discard else "issue_discards=0 "}'
             f'filter=[{accepted}"r|.*|"]}}activation{{monitoring=0}}'
@@ -390,11 +419,11 @@ def refuse_dependents(vg: Vg, lv: Lv) -> None:
         )
 
 
-def scan(node: Node, timeout_s: float) -> list[Seen]:
+def scan(node: Node, timeout_s: float, *options: str) -> list[Seen]:
     """Return all disks with LVM on them, as the machine's own filter has it.
     """
     return report.read_scan(run(
-        node, timeout_s, 'pvs', '--foreign', '--shared', '--all',
+        node, timeout_s, 'pvs', *options, '--foreign', '--shared', '--all',
         '--reportformat', 'json', '-o', ','.join(report.SCAN_FIELDS),
     ))
 

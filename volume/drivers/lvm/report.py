@@ -17,8 +17,8 @@ from volume import errors
 from volume.drivers.lvm import names
 
 VG_FIELDS = (
-    'vg_name', 'vg_uuid', 'vg_seqno', 'vg_size', 'vg_free',
-    'vg_extent_size', 'vg_mda_size', 'vg_mda_free', 'vg_missing_pv_count',
+    'vg_name', 'vg_uuid', 'vg_size', 'vg_free', 'vg_extent_size',
+    'vg_mda_size', 'vg_mda_free', 'vg_missing_pv_count',
 )
 PV_FIELDS = ('pv_name', 'pv_uuid', 'pv_missing')
 LV_FIELDS = (
@@ -118,7 +118,6 @@ class Vg:
 
     name: str
     uuid: str
-    seqno: int
     size_bytes: int
     free_bytes: int
     extent_bytes: int
@@ -188,9 +187,9 @@ def read_group(text: str) -> Vg:
         segments.setdefault(_text(each, 'lv_uuid'), []).append(each)
     return Vg(
         _text(row, 'vg_name'), _text(row, 'vg_uuid'),
-        _number(row, 'vg_seqno'), _number(row, 'vg_size'),
-        _number(row, 'vg_free'), _number(row, 'vg_extent_size'),
-        _number(row, 'vg_mda_size'), _number(row, 'vg_mda_free'),
+        _number(row, 'vg_size'), _number(row, 'vg_free'),
+        _number(row, 'vg_extent_size'), _number(row, 'vg_mda_size'),
+        _number(row, 'vg_mda_free'),
         tuple(_pv(each) for each in sections.get('pv', [])),
         tuple(
             _lv(each, segments.get(_text(each, 'lv_uuid'), []))

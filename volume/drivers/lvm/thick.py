@@ -27,7 +27,6 @@ from volume.drivers.lvm.report import Vg
 
 COW_CHUNKS = 256  # exceptions of a snapshot that one chunk of tables holds
 COW_HEADER_BYTES = 1 << 16
-TRIES = 3
 PLAIN = ('linear', 'striped', 'mirror')
 # Health of a mirror where zeros would not come to one of its sides.
 BEHIND = ('partial', 'refresh needed')
@@ -220,21 +219,14 @@ class Thick(store.Store):
             # LVM extends an origin of snapshots only while it is inactive.
             self.group.refuse_open(lv, 'extend, as it has snapshots,')
             self.group.deactivate(lv)
-        more = count - lv.size_bytes // vg.extent_bytes
-        for _ in range(TRIES):
-            if self._grow(vg, lv, more):
-                return
-        raise errors.Unavailable(
-            f'volume {volume.id} was not extended: others took its extents '
-            f'{TRIES} times'
-        )
+        self._grow(vg, lv, count - lv.size_bytes // vg.extent_bytes)
 
-    def _grow(self, vg: Vg, lv: Lv, count: int) -> bool:
-        """Add extents that are zero; say if nobody was in between.
+    def _grow(self, vg: Vg, lv: Lv, count: int) -> None:
+        """Add extents that are zero.
 
-        They are freed and taken in two commands. Of this process nobody
-        else changes the group meanwhile; of others its version tells. If
-        one did, the tail is zeroed where it is, as nobody knows of it yet.
+        They are freed and taken in two commands, with nobody in between: a
+        host may write there from the second on, so that it is too late to
+        make them zero again, or to say that it did not work.
         """
         tail = f'tail-{lv.id}'
         path = self._allocate(
@@ -247,27 +239,18 @@ class Thick(store.Store):
                 self.group.remove(tail)
                 raise
         self.group.change('lvchange', '-an', f'{vg.name}/{tail}')
-        name, before = f'{vg.name}/{lv.name}', lv.size_bytes
-        with self.group.changing:
-            was = self.group.about(lv.id)
-            zeroed = was.ours('tail', lv.id)
+        with self.group.alone() as group:
+            zeroed = group.about(lv.id).ours('tail', lv.id)
             if zeroed is None:
-                return False
-            self.group.remove(tail, keeps_zeros=True)
-            try:
-                self.group.change(
-                    'lvextend', '-l', f'+{count}', name, *zeroed.ranges
+                raise errors.Unavailable(
+                    f'{vg.name}/{tail} went away as it was to become a part '
+                    f'of {lv.name}: somebody else is at it'
                 )
-            except errors.NoSpace:
-                return False
-            # Before any other of ours: a host may write there from now on,
-            # so that it is made zero once more only if it has to be.
-            found = self.group.about(lv.id)
-        grown = self.need(found, model.Volume(lv.id, vg.name, 0))
-        if self.settings.wipes_new and found.seqno != was.seqno + 2:
-            path = self.group.activate(grown)
-            wiping.wipe(self.node, path, before, grown.size_bytes)
-        return True
+            group.remove(tail, keeps_zeros=True)
+            group.change(
+                'lvextend', '-l', f'+{count}', f'{vg.name}/{lv.name}',
+                *zeroed.ranges,
+            )
 
     # Snapshots.
 
