@@ -138,7 +138,7 @@ class GreetingTest(unittest.TestCase):
             'os.write(1, wire.MAGIC + wire.pack({"hello": 99})[0])'
         )
         self.assertIn(
-            'speaks protocol 99, and this service 1: install the same',
+            f'speaks protocol 99, and this service {wire.VERSION}: install',
             self.refused(program),
         )
 
