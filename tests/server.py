@@ -93,10 +93,15 @@ class Server(abc.ABC):
         if self._process is None:
             return
         # Stopped first, that it forks no more.
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGSTOP)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            halt(self.pid)
+        pids = self._pids()
         self._signal(signal.SIGKILL)
         self._process.wait(END_S)
+        # The next start is refused while one of them has the memory.
+        late = time.monotonic() + END_S
+        while any(map(_lives, pids)) and time.monotonic() < late:
+            time.sleep(0.01)
         self._process = None
 
     def _signal(self, number: int) -> None:
@@ -192,6 +197,15 @@ class Server(abc.ABC):
         with open(os.path.join(self.directory, 'output'), 'rb') as f:
             words = f.read()[-2000:].decode(errors='replace')
         raise AssertionError(f'{self.binary} did not start: {words}')
+
+
+def _lives(pid: int) -> bool:
+    """Say whether a process has anything left, as a zombie has not."""
+    try:
+        with open(f'/proc/{pid}/stat') as f:
+            return f.read().rpartition(')')[2].split()[0] not in 'ZX'
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def children(pid: int) -> list[int]:

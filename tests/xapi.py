@@ -20,7 +20,7 @@ from volume.sim.xapi.state.sessions import User
 from volume.sim.xapi.world import World
 
 GIB = 1 << 30
-PENDING_S = 5.0
+PENDING_S = 30.0
 
 
 def simulator(

@@ -27,7 +27,8 @@ ENDS_SERVICE = frozenset({'service', ALL})
 ENDS_DAEMON = frozenset({'daemon', ALL})
 # As the kernel keeps their names: fifteen bytes.
 NAMES = {'daemon': 'qemu-storage-daemon'[:15], 'helper': 'qemu-img'}
-FIND_S = 4.0
+FIND_S = 30.0
+PROVOKE_S = 2.0
 LOOK_S = 0.01
 
 
@@ -76,15 +77,16 @@ def _kill_one(
     name: str, chance: random.Random, provoke: Callable[[], None]
 ) -> tuple[float, int, str] | None:
     deadline = time.monotonic() + FIND_S
-    is_provoked = False
+    provoked_at = -PROVOKE_S
     while time.monotonic() < deadline:
         pids = [
             pid for pid in descendants(os.getpid()) if _name(pid) == name
         ]
         if not pids:
-            if not is_provoked:
-                is_provoked = True
+            # A helper may live shorter than it takes us to look.
+            if time.monotonic() - provoked_at >= PROVOKE_S:
                 provoke()
+                provoked_at = time.monotonic()
             time.sleep(LOOK_S)
             continue
         copies = [pid for pid in pids if 'convert' in _words(pid)]

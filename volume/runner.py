@@ -108,9 +108,12 @@ class Runner:
             ):
                 # Another process may have run it.
                 row = self._row(job_id)
-                if row is not None and row.state != 'open':
+                is_late = time.monotonic() >= deadline
+                if row is not None and row.state != 'open' and (
+                    is_late or not self._has_ended_here(row)
+                ):
                     return Ended(row.state, row.error_kind, row.error)
-                if time.monotonic() >= deadline:
+                if is_late:
                     raise errors.Unknown(
                         f'job {job_id} goes on; it did not end within '
                         f'{timeout_s:g} s{self._why(row)}'
@@ -122,6 +125,17 @@ class Runner:
                     self._waiting.pop(job_id, None)
         assert waiter.ended is not None
         return waiter.ended
+
+    def _has_ended_here(self, row: models.Job) -> bool:
+        """Say whether it was this process that has ended a job.
+
+        Then it is about to tell the answer, which no row has.
+        """
+        with self._guard:
+            job = self._active.get(row.id)
+            return row.id in self._ended or (
+                job is not None and job.row.token == row.token
+            )
 
     def _row(self, job_id: str) -> models.Job | None:
         """Return a job as the database has it, if that can be asked.
@@ -317,28 +331,31 @@ class Runner:
             self._look_at(
                 job, None if done.cancelled() else done.exception()
             )
+            if job.row.state != 'open':
+                self._tell(job)
         finally:
             with self._guard:
                 self._active.pop(job.row.id, None)
-        if job.row.state != 'open':
-            if job.row.kind in LAST and job.row.state == 'done':
-                self._node.forget_locks(job.row.exclusive)
-            elif job.row.kind == 'upload':
-                self._node.forget_locks([f'snapshot-{job.row.id}'])
-            ended = Ended(
-                job.row.state, job.row.error_kind, job.row.error, job.answer
-            )
+        if job.row.state == 'open':
             with self._guard:
-                self._ended[job.row.id] = ended
-                if len(self._ended) > ENDED_MAX:
-                    self._ended.popitem(last=False)
-                for waiter in self._waiting.get(job.row.id, ()):
-                    waiter.ended = ended
-                    waiter.event.set()
-            return
+                heapq.heappush(self._later, (job.row.due_at, job.row.id))
+            self._wake.set()
+
+    def _tell(self, job: journal.Job) -> None:
+        if job.row.kind in LAST and job.row.state == 'done':
+            self._node.forget_locks(job.row.exclusive)
+        elif job.row.kind == 'upload':
+            self._node.forget_locks([f'snapshot-{job.row.id}'])
+        ended = Ended(
+            job.row.state, job.row.error_kind, job.row.error, job.answer
+        )
         with self._guard:
-            heapq.heappush(self._later, (job.row.due_at, job.row.id))
-        self._wake.set()
+            self._ended[job.row.id] = ended
+            if len(self._ended) > ENDED_MAX:
+                self._ended.popitem(last=False)
+            for waiter in self._waiting.get(job.row.id, ()):
+                waiter.ended = ended
+                waiter.event.set()
 
     def _look_at(
         self, job: journal.Job, failure: BaseException | None

@@ -56,7 +56,6 @@ from volume.runner import Runner
 from volume.transfer.sources import Sources
 
 LOG = logging.getLogger(__name__)
-CHECK_WAIT_S = 1.0
 END_S = 10.0  # for a thread that does something again and again
 GIVEN_UP = 3  # exit code
 
@@ -64,6 +63,8 @@ GIVEN_UP = 3  # exit code
 class Service:
     """The API, the manager, or both, in this process."""
 
+    check_wait_s = 1.0
+    """What the start waits for backends; the slow ones are reported later."""
     give_up_s = 60.0
     """What a service that was fenced takes at most to end what it has."""
 
@@ -263,7 +264,7 @@ class Service:
         periodic.end_private_exports(self.node)
         self.domain.join(self.conf.host, self.owner, self.node.state_dir)
         self._beat()
-        self._refresh(CHECK_WAIT_S)
+        self._refresh(self.check_wait_s)
         conf = self.conf
         third = conf.lease_s / 3
         self._every('renew', third, lambda: (

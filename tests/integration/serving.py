@@ -76,6 +76,8 @@ class World:
                 + f'{sections}\n'
             )
         self.service = service.Service(options.load([], [path]))
+        # Nothing periodic would report a backend that is slow at first.
+        self.service.check_wait_s = 60.0
         self.service.start()
         test.addCleanup(self.service.stop)
         self.core = self.service.core

@@ -137,7 +137,7 @@ class Server(unittest.TestCase):
     def test_who_is_refused_in_mid_sentence_hears_why(self):
         made = self.serve()
         for path, headers, words in (
-            ('volumes', 'Content-Length: 10000000', b'exceeds the maximum'),
+            ('volumes', 'Content-Length: 4000000', b'exceeds the maximum'),
             ('volumes', 'Content-Length: 1000000', b'body is larger than'),
             ('nothing', 'Content-Length: 1000000', b'could not be found'),
             ('volumes', 'Content-Length: x', b'Malformed'),
@@ -149,7 +149,7 @@ class Server(unittest.TestCase):
                     f'POST /v3/{path} HTTP/1.1\r\nHost: localhost\r\n'
                     'Content-Type: application/json\r\n'
                     f'Connection: close\r\n{headers}\r\n\r\n'
-                ).encode() + b' ' * 10_000_000))
+                ).encode() + b' ' * 4_000_000))
 
     def told(self, made, data):
         """Say all, however long it is, and only then listen."""

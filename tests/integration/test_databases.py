@@ -14,6 +14,7 @@ from sqlalchemy import select
 from sqlalchemy import update
 
 from tests import database
+from tests.integration import serving
 from tests.wire import Wire
 from volume import errors
 from volume.db import leases
@@ -78,6 +79,15 @@ def grow(session, row_id):
     )
 
 
+def is_written(db, volume_id):
+    """Say whether the server has taken a write; if not, nothing was done."""
+    try:
+        db.write(lambda session: grow(session, volume_id))
+    except errors.Unavailable:
+        return False
+    return True
+
+
 class Case(unittest.TestCase):
     def setUp(self):
         self.db = database.make(self)
@@ -117,7 +127,8 @@ class Races(Case):
         at_once(both(self.one, self.two), both(self.two, self.one))
         self.assertEqual((2, 2), (self.size(), self.size(self.two)))
         if not self.db.is_sqlite:
-            self.assertEqual(3, len(runs))
+            # Once more, if the other has not yet ended by then.
+            self.assertGreaterEqual(len(runs), 3)
 
     def test_what_another_has_changed_since_is_read_again(self):
         """The value that a transaction writes may rest on what it read."""
@@ -359,7 +370,8 @@ class OnServer(Case):
                 self.assertLess(time.monotonic() - begun, 20)
         finally:
             server.thaw()
-        db.write(lambda s: grow(s, self.one))
+        # It serves those first that have been given up.
+        serving.until(lambda: is_written(db, self.one), bool)
         self.assertEqual(1, self.size())
 
     def test_a_server_that_was_restarted_is_found_by_every_connection(self):

@@ -112,5 +112,9 @@ def service_of(demo_pid):
 
 
 def parent_of(pid):
-    with open(f'/proc/{pid}/stat', 'rb') as f:
-        return int(f.read().rpartition(b')')[2].split()[1])
+    """Return a process's parent; 0 if it, somebody else's, is gone."""
+    try:
+        with open(f'/proc/{pid}/stat', 'rb') as f:
+            return int(f.read().rpartition(b')')[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0

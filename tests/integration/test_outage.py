@@ -17,12 +17,12 @@ from tests.process import Refused
 from tests.process import ServiceProcess
 
 IS_PROOF = os.environ.get('VOLUME_PROOF') == '1'
-AWAY_S = 30.0 if IS_PROOF else 3.0
+AWAY_S = 30.0 if IS_PROOF else 5.0
 CLIENTS = 6
 SECTION = '[b]\ndriver = file\ndirectories = {root}/pool\nexporter = local\n'
 # A short outage must be as long, for a short patience, as a long one is for
 # what a service has by default.
-HASTY = '' if IS_PROOF else 'database_timeout_s = 1\nlease_s = 3\n'
+HASTY = '' if IS_PROOF else 'database_timeout_s = 2\nlease_s = 3\n'
 ANSWER_S = 60.0 if IS_PROOF else 20.0
 MIB = 1 << 20
 # A row may be looked for again at the next sweep after its lease.

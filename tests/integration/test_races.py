@@ -66,6 +66,8 @@ class RaceCase(unittest.TestCase):
             ))
 
         serving.until(open_jobs, lambda count: not count)
+        # Who is to hear of an end hears it after that is durable.
+        serving.until(self.service.runner.busy, lambda count: not count)
 
     def race(self, *verbs):
         """Run all verbs at once; return what each gave, or its error."""

@@ -399,7 +399,7 @@ class TroubleTest(Case):
         self,
     ) -> None:
         volume = self.volume(seed=1)
-        driver = self.rbd(self.node, timeout_s=1)
+        driver = self.rbd(self.node, timeout_s=5)
         driver.check()
         with driver.writer(volume) as writer:
             self.cluster.freeze('osd')

@@ -254,6 +254,7 @@ class Serving(Brokered):
         self.assertEqual([], self.stored())
         path = os.path.join(self.world.directory, 'volume.conf')
         again = service.Service(options.load([], [path]))
+        again.check_wait_s = 60.0
         again.start()
         self.addCleanup(again.stop)
         self.settled(api, self.own_id)
@@ -334,7 +335,7 @@ class Transporting(Brokered):
         endpoint = Endpoint()
         self.addCleanup(endpoint.go.set)
         with everything_logged() as lines:
-            bus, host = self.serve(endpoint, timeout_s=1)
+            bus, host = self.serve(endpoint, timeout_s=5)
             with self.assertRaises(errors.Unknown) as caught:
                 bus.call(CALLER, '1.0', 'slow', {}, host)
             endpoint.go.set()

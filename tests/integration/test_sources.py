@@ -63,7 +63,7 @@ class Downloads(Http):
     def test_a_silent_server_is_left_and_asked_again(self) -> None:
         url = self.web.put('/i', DATA, stalls_after=1_000_000)
 
-        source = self.source(image_http_timeout_s=0.3)
+        source = self.source(image_http_timeout_s=1.0)
         stat = source.stat(url)
         with source.open(stat) as image:
             first = image.read(500_000)
@@ -72,7 +72,7 @@ class Downloads(Http):
 
     def test_a_server_that_stays_silent_is_given_up(self) -> None:
         url = self.web.put('/i', DATA, stalls_after=1000)
-        source = self.source(image_http_timeout_s=0.2)
+        source = self.source(image_http_timeout_s=1.0)
         with self.assertRaisesRegex(errors.Unavailable, '3 times.*nothing'):
             read(source, url)
 

@@ -39,8 +39,9 @@ class WatchedNode(SshNode):
         return effect()
 
 
-class SshServiceTest(unittest.TestCase):
+class SshServiceCase(unittest.TestCase):
     server: sshd.Sshd
+    retry_s = 60  # connecting anew may take a while
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -50,7 +51,8 @@ class SshServiceTest(unittest.TestCase):
     def setUp(self) -> None:
         self.pool = fixtures.plain_directory(self, 'far')
         self.world = serving.World(
-            self, names='fast, san', settings='job_retry_s = 3\n',
+            self, names='fast, san',
+            settings=f'job_retry_s = {self.retry_s}\n',
             sections='[san]\ndriver = file\nexporter = local\n'
             f'directories = {self.pool}\ncapacity_gib = 8\n',
         )
@@ -95,6 +97,8 @@ class SshServiceTest(unittest.TestCase):
             f.seek(500 * MIB)
             self.assertEqual(image, f.read(MIB))
 
+
+class SshServiceTest(SshServiceCase):
     def test_life_of_a_volume_holds_its_locks_there(self) -> None:
         volume = self.make()
         self.assertEqual('available', volume['status'])
@@ -197,6 +201,10 @@ class SshServiceTest(unittest.TestCase):
         self.assertFalse(
             [name for name in os.listdir(self.pool) if volume_id in name]
         )
+
+
+class GoneTest(SshServiceCase):
+    retry_s = 3
 
     def test_node_that_is_gone_leaves_nothing_in_between(self) -> None:
         volume = self.make()

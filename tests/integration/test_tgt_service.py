@@ -227,6 +227,7 @@ class RestartTest(Case):
             self.world.service.stop()
             self.assertEqual(bytes(512), session.read(0, 512))
             self.world.service = service.Service(self.world.service.conf)
+            self.world.service.check_wait_s = 60.0
             self.world.service.start()
             self.assertEqual(bytes(512), session.read(0, 512))
             exporter = self.world.service.runner.backends['san'].exporter

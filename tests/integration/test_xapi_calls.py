@@ -384,7 +384,10 @@ class Wire(Calls):
         self.addCleanup(self.connection.close)
 
     def post(self, path, body, headers=()):
-        self.connection.request('POST', path, body, dict(headers))
+        try:
+            self.connection.request('POST', path, body, dict(headers))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # refused before all was sent; the answer is there
         answer = self.connection.getresponse()
         return answer.status, answer.read()
 

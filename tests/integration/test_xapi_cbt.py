@@ -220,6 +220,7 @@ class Rules(Case):
         with self.refuses('VDI_IN_USE', snapshot, 'data_destroy'):
             self.x.VDI.data_destroy(snapshot)
         self.assertGreaterEqual(time.monotonic() - began, 0.3)
+        self.pool._switches['data_destroy_wait_s'] = 30
         task = self.x.Async.VDI.data_destroy(snapshot)
         self.x.VBD.unplug(vbd)
         self.assertEqual('success', self.ended(task)['status'])
@@ -268,7 +269,8 @@ class Rules(Case):
         self.assertEqual(bytes(2 * SIZE // BLOCK // 8 - 1) + b'\1', bitmap)
 
     def test_dom0_that_is_letting_go_is_waited_for(self):
-        guests(self.pool).linger_s = 0.3
+        guests(self.pool).linger_s = 2.0
+        self.pool._switches['data_destroy_wait_s'] = 30
         self.x.VDI.enable_cbt(self.disk)
         snapshot = self.x.VDI.snapshot(self.disk)
         self.get(snapshot)

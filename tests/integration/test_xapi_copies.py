@@ -114,7 +114,7 @@ class Copy(Case):
         vdi, _ = self.filled()
         before = {*self.x.VDI.get_all()}
         self.pool.faults.add(
-            Fault('VDI.copy', 'delay', 'before', params=(0.4,)))
+            Fault('VDI.copy', 'delay', 'before', params=(3.0,)))
         task = self.x.Async.VDI.copy(vdi, self.sr)
         self.x.task.cancel(task)
         row = self.ended(task)
@@ -203,7 +203,7 @@ class Migrate(Case):
 class Dom0(Case):
 
     def test_a_disk_that_was_copied_is_in_dom0_for_a_while(self):
-        guests(self.pool).linger_s = 0.3
+        guests(self.pool).linger_s = 2.0
         vdi = self.vdi()
         self.x.VDI.copy(vdi, self.sr)
         with self.refuses('VDI_IN_USE', vdi, 'destroy'):

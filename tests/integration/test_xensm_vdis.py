@@ -144,7 +144,7 @@ class Made(Case):
     def test_create_that_takes_too_long_is_waited_for_and_leaves_nothing(
         self
     ):
-        driver = self.make_driver(timeout_s=1.0)
+        driver = self.make_driver(timeout_s=3.0)
         driver.check()
         sr = self.pool.rows.by_uuid('SR', self.sr_uuid)
         volume = self.wish()
@@ -155,7 +155,7 @@ class Made(Case):
                 with self.assertRaisesRegex(errors.Unavailable, 'being made'):
                     act(volume)
         serving.until(self.vdis, bool)
-        driver.delete(volume)
+        self.driver.delete(volume)
         self.assertEqual({}, self.vdis())
 
     def test_create_that_may_be_pending_is_waited_for(self):

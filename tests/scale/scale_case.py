@@ -79,6 +79,7 @@ class World:
         conf = options.load([], [self._path])
         self.node = CountingNode(conf.state_path)
         self.service = service.Service(conf, node=self.node)
+        self.service.check_wait_s = 60.0  # of all directories
         self.core = self.service.core
         self.engine = self.service.db.engine
         self._app = app.make_app(self.core, auth.NoAuth())

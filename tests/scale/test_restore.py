@@ -175,6 +175,7 @@ class Restored(unittest.TestCase):
             pools=4, history=0,
         ))
         self.service = service.Service(options.load([], [path]))
+        self.service.check_wait_s = 60.0  # the next look comes too late
         self.db = self.service.db
         self.addCleanup(self.service.node.blockd.stop)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs on threads: bounded, found again, drained, never forgotten."""
 
+import dataclasses
 import threading
 import time
 import types
@@ -112,6 +113,26 @@ class Hints(RunnerCase):
             self.assertEqual(
                 {'x': 1}, self.runner.wait(row.id, LONG_S).answer
             )
+
+    def test_who_sees_the_end_before_it_is_told_has_the_answer_too(self):
+        seen, look = threading.Event(), self.runner._row
+
+        def row_of(job_id):
+            row = look(job_id)
+            if row.state == 'done':
+                seen.set()
+            return row
+
+        self.runner._row = row_of
+        self.step = lambda job: job.answer.update(x=1)
+        FLOWS[KIND] = dataclasses.replace(
+            FLOWS[KIND], ended=lambda job: seen.wait(LONG_S)
+        )
+        row = self.accept()
+        self.runner.hint(row)
+        ended = self.runner.wait(row.id, LONG_S)
+        self.assertTrue(seen.is_set())
+        self.assertEqual({'x': 1}, ended.answer)
 
     def test_several_waiters_are_all_answered(self):
         self.step = self.blocks
