@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -25,6 +24,7 @@ import unittest
 import uuid
 from typing import Any
 
+from tests import ports
 from tests.halt import halt
 
 START_S = 90.0
@@ -121,7 +121,7 @@ class Cluster:
         self.directory = tempfile.mkdtemp(prefix='vtceph', dir='/tmp')
         os.chmod(self.directory, 0o755)
         self.fsid = str(uuid.uuid4())
-        self.port = _free_port()
+        self.port = ports.free()
         self.conf = os.path.join(self.directory, 'ceph.conf')
         self.keyring = os.path.join(self.directory, 'keyring')
         self._numbers = itertools.count(1)
@@ -313,10 +313,3 @@ class Cluster:
             'env': environment, 'cwd': self.directory, 'user': NOBODY,
             'group': NOBODY, 'extra_groups': [],
         }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -17,6 +17,8 @@ import tempfile
 import time
 import unittest
 
+from tests import ports
+
 START_S = 90.0
 END_S = 30.0
 NOBODY = 65534
@@ -32,7 +34,9 @@ class Rabbit:
         if shutil.which('epmd') is None:
             raise unittest.SkipTest('epmd is not installed')
         self.directory = tempfile.mkdtemp(prefix='vtrabbit', dir='/tmp')
-        self.port, self._dist_port, self._epmd_port = free_ports(3)
+        self.port, self._dist_port, self._epmd_port = (
+            ports.free() for _ in range(3)
+        )
         self._name = f'vt{secrets.token_hex(6)}@localhost'
         self._children: list[subprocess.Popen[bytes]] = []
         with open(os.path.join(self.directory, 'plugins'), 'w') as f:
@@ -139,14 +143,3 @@ def greets(end: socket.socket) -> bool:
     end.settimeout(5)
     end.sendall(b'AMQP\0\0\x09\x01')
     return end.recv(1) == b'\x01'
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that were free a moment ago, each another."""
-    with contextlib.ExitStack() as stack:
-        ends = [
-            stack.enter_context(socket.socket()) for _ in range(count)
-        ]
-        for end in ends:
-            end.bind(('127.0.0.1', 0))
-        return [end.getsockname()[1] for end in ends]

@@ -17,6 +17,7 @@ import time
 import unittest
 from collections.abc import Callable
 
+from tests import ports
 from volume.remote import ssh
 from volume.remote.node import SshNode
 
@@ -75,9 +76,7 @@ class Sshd:
         for name in 'host', 'key', 'other':
             self._make_key(name)
         self.set_command(self.agent_command())
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            self.port = free.getsockname()[1]
+        self.port = ports.free()
         self.know_host('host')
         self._start(clean)
 

@@ -5,9 +5,9 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 
 from tests import iscsi
+from tests import ports
 from volume.exports import tgt
 from volume.testing import fixtures
 
@@ -24,9 +24,7 @@ def need(test):
 
 def free_portal(address='127.0.0.1'):
     """Return an address and a port where nobody listens now."""
-    with socket.socket() as s:
-        s.bind((address, 0))
-        return f'{address}:{s.getsockname()[1]}'
+    return f'{address}:{ports.free(address)}'
 
 
 def settings(portals, **changes):

@@ -14,6 +14,7 @@ import sys
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 
+from tests import ports
 from tests.integration.blockd_case import BlockdCase
 from volume import blockdaemon
 from volume import errors
@@ -323,9 +324,7 @@ class DaemonTest(BlockdCase):
         )
 
     def test_tcp_serves_on_loopback(self) -> None:
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = free.getsockname()[1]
+        port = ports.free()
         tcp = Blockd(self.node, self.path('t'), tcp=f'127.0.0.1:{port}')
         self.addCleanup(tcp.stop)
         self.raw('a', b'x')

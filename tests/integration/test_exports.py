@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import unittest
 from collections.abc import Iterator
 from typing import Any
 
+from tests import ports
 from volume import errors
 from volume import ids
 from volume import model
@@ -286,9 +286,7 @@ class NbdExporterTest(Claims, ExportsCase):
         )
 
     def test_fields_of_a_tcp_server_are_host_and_port(self) -> None:
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = free.getsockname()[1]
+        port = ports.free()
         self.node.blockd = Blockd(
             self.node, os.path.join(self.root, 't'), tcp=f'127.0.0.1:{port}'
         )

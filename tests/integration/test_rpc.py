@@ -11,6 +11,7 @@ import kombu
 import oslo_messaging as messaging
 from oslo_config import cfg
 
+from tests import ports
 from tests import rabbit
 from tests.integration.compute import CALLER
 from tests.integration.compute import Compute
@@ -372,7 +373,7 @@ class Transporting(Brokered):
         self.assertEqual([{'auth_password': 'sesame'}], answers)
 
     def test_without_a_broker_nothing_hangs(self):
-        (port,) = rabbit.free_ports(1)
+        port = ports.free()
         url = f'rabbit://guest:sesame@127.0.0.1:{port}/'
         api = VolumeAPI.connect(url=url, retries=0)
         self.addCleanup(api.close)
@@ -433,7 +434,7 @@ class Notifying(Brokered):
         )
 
     def test_nobody_waits_for_a_broker_that_is_away(self):
-        (port,) = rabbit.free_ports(1)
+        port = ports.free()
         notify, conf = self.make(
             f'rabbit://guest:guest@127.0.0.1:{port}/', pending_max=3
         )

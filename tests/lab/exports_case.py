@@ -8,11 +8,11 @@ agent alone. Sources are logical volumes of the guest.
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 from typing import Any, ClassVar
 
 from tests import lab
+from tests import ports
 from tests.lab.case import LabCase
 from tests.lab.hosts import batch
 from volume import model
@@ -111,9 +111,7 @@ class Tunnels:
 
     def to(self, portal: str) -> str:
         if portal not in self.made:
-            with socket.socket() as free:
-                free.bind(('127.0.0.1', 0))
-                here = f'127.0.0.1:{free.getsockname()[1]}'
+            here = f'127.0.0.1:{ports.free()}'
             self._control('forward', f'{here}:{portal}')
             self.made[portal] = here
         return self.made[portal]
