@@ -20,6 +20,7 @@ from volume.node import Node
 from volume.testing import fixtures
 
 WAIT_S = 20
+SILENT_S = 0.5  # until a server that sticks is given up
 NAME = 'volume-11111111-1111-4111-8111-111111111111'
 
 
@@ -39,7 +40,7 @@ class DeadServerTest(unittest.TestCase):
     def setUp(self) -> None:
         self.node = ChangingNode(fixtures.state_dir(self))
         self.connector = nfs.NfsConnector(self.node)
-        self.connector.flush_s = 0.5
+        self.connector.flush_s = 30.0
         self.connection = model.Connection('nfs', {
             'export': 'server:/srv', 'name': NAME, 'format': 'raw',
         })
@@ -55,6 +56,7 @@ class DeadServerTest(unittest.TestCase):
         self,
     ) -> None:
         self.server.stick()
+        self.connector.flush_s = SILENT_S
         with self.assertRaisesRegex(
             errors.Unavailable, f'{NAME} cannot be stored .* does not answer'
         ):
@@ -72,7 +74,11 @@ class DeadServerTest(unittest.TestCase):
             except errors.VolumeError as failed:
                 told.append(failed)
 
-        self.node.before_users = self.server.stick
+        def fall_silent() -> None:
+            self.server.stick()
+            self.connector.flush_s = SILENT_S
+
+        self.node.before_users = fall_silent  # type: ignore[method-assign]
         # Who waits for it in this process could not be ended.
         detaching = threading.Thread(target=detach, daemon=True)
         detaching.start()

@@ -300,12 +300,17 @@ class BorrowTest(MachineCase):
     def setUp(self) -> None:
         super().setUp()
         self.lock = self.path('V_vg')
+        self.gone = self.path('gone')
 
     @contextlib.contextmanager
     def another(self) -> Iterator[subprocess.Popen[str]]:
-        """Have another program hold the lock until it hears something."""
+        """Have another program hold the lock until it hears something.
+
+        The last that it does before it lets go is to make a file.
+        """
         with subprocess.Popen(
-            ['flock', '-o', self.lock, 'sh', '-c', 'echo in; read line'],
+            ['flock', '-o', self.lock, 'sh', '-c',
+             'echo in; read line; : > "$0"', self.gone],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         ) as program:
             assert program.stdin and program.stdout
@@ -351,10 +356,12 @@ class BorrowTest(MachineCase):
 
     def test_it_waits_for_who_has_it(self) -> None:
         with self.another() as program:
-            timer = threading.Timer(0.3, program.communicate, ['go\n'])
+            assert program.stdin
+            timer = threading.Timer(0.3, program.stdin.close)
             timer.start()
+            # The lock is free before the kernel tells of the end.
             with self.node.borrow(self.lock, 30):
-                self.assertEqual(0, program.wait(0))
+                self.assertTrue(os.path.exists(self.gone))
             timer.join()
 
     def test_file_that_its_program_has_made_anew_is_the_lock(self) -> None:

@@ -21,10 +21,8 @@ WRITES = nbd.WRITES_AHEAD * 2
 
 class WritesAheadTest(unittest.TestCase):
 
-    def client(self, server: Server, timeout_s: float = TIMEOUT_S) -> (
-        nbd.NbdClient
-    ):
-        client = nbd.NbdClient(server.uri, timeout_s)
+    def client(self, server: Server) -> nbd.NbdClient:
+        client = nbd.NbdClient(server.uri, TIMEOUT_S)
         self.addCleanup(client.close)
         return client
 
@@ -120,8 +118,9 @@ class WritesAheadTest(unittest.TestCase):
         def reply(request: Request) -> bytes | None:
             return None if request.command == nbd.WRITE else honest(request)
 
-        client = self.client(Server(self, reply), 0.2)
+        client = self.client(Server(self, reply))
         client.pwrite_ahead(DATA[:STEP], 0)
+        client._timeout_s = 0.2
         with self.assertRaisesRegex(errors.Unknown, 'within|timed out'):
             client.flush()
 

@@ -11,6 +11,7 @@ import os
 import random
 import tempfile
 import threading
+import time
 import unittest
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -240,6 +241,9 @@ class Threads(unittest.TestCase):
         self.assertEqual([1, 2], self.done)
         self.left = [3]
         self.collector.kick()
+        late = time.monotonic() + WAIT_S
+        while self.collector.state != 'waiting' and time.monotonic() < late:
+            time.sleep(0.001)
         self.assertFalse(self.collector.wait(0.05))
         self.assertEqual('waiting', self.collector.state)
         self.assertEqual([1, 2], self.done)
