@@ -33,6 +33,7 @@ SERVERS = {'postgresql': Postgres, 'mariadb': Mariadb}
 KINDS = ('sqlite', *SERVERS)
 CHOICE = 'VOLUME_TEST_DATABASE'
 NOW = 1_700_000_000.0
+PATIENCE_S = 60.0  # a slow machine has many tests at once
 GIB = 1 << 30
 
 
@@ -167,7 +168,9 @@ def _borrow(test: Any, clock: Any) -> Database:
     To migrate one anew for each test would take longer than most tests do.
     """
     own, free = server(kind(test)), _free[kind(test)]
-    db = Database(free.pop() if free else own.create(), clock)
+    db = Database(
+        free.pop() if free else own.create(), clock, timeout_s=PATIENCE_S
+    )
     migrate.upgrade(db)
 
     def give_back() -> None:

@@ -190,7 +190,7 @@ class AoeTest(exports.ExporterSuite, unittest.TestCase):
         exporter = AoeExporter(self.settings(), Hanging(
             self.node.state_dir, map(self.exporter._link, hung)
         ))
-        exporter.end_s = 0.2
+        exporter.end_s = 3.0  # it looks for all of them within that
         with self.assertRaises(errors.Unavailable) as caught:
             exporter.abandon()
         self.assertIn(', '.join(sorted(hung)), str(caught.exception))

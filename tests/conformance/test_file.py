@@ -407,7 +407,13 @@ class ReflinkFileTest(Suite, unittest.TestCase):
         with self.driver.writer(source) as writer:
             workbench.write_all(writer, b'\x5a' * source.size_bytes)
             writer.commit()
-        before = self.driver.pools()[0].free_bytes
-        self.clone(source)
-        after = self.driver.pools()[0].free_bytes
-        self.assertLess(before - after, source.size_bytes // 4)
+
+        def cost():
+            before = self.driver.pools()[0].free_bytes
+            self.clone(source)
+            return before - self.driver.pools()[0].free_bytes
+
+        # Others may write there meanwhile, but hardly each time.
+        self.assertTrue(any(
+            cost() < source.size_bytes // 4 for _ in range(5)
+        ))

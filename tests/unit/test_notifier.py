@@ -11,6 +11,8 @@ from volume import rpc
 from volume.notifier import Notifier
 from volume.rpcapi import VolumeAPI
 
+WAIT_S = 30
+
 
 class Notifying(unittest.TestCase):
     """Notifications by oslo.messaging's own drivers."""
@@ -26,6 +28,12 @@ class Notifying(unittest.TestCase):
         self.addCleanup(made.stop)
         return made
 
+    def end(self, notify):
+        """Have all sent, however long that takes."""
+        thread = notify._thread
+        notify.stop()
+        thread.join(WAIT_S)
+
     def test_events_are_sent_in_their_order_and_name_their_publisher(self):
         kept = Kept()
         logger = logging.getLogger('oslo.messaging.notification')
@@ -37,7 +45,7 @@ class Notifying(unittest.TestCase):
         wanted = [f'volume.create.{number}' for number in range(20)]
         for event in [*wanted, 'volume.create.error']:
             notify(event, {'volume_id': 'v'})
-        notify.stop()
+        self.end(notify)
         self.assertEqual(
             [*wanted, 'volume.create.error'],
             [record.name.split('.', 3)[3] for record in kept.records],

@@ -194,8 +194,8 @@ class CommandTest(RemoteCase):
 
         with self.assertRaises(errors.Cancelled):
             self.node.run(
-                'sh', '-c', 'echo "(42.50/100%)"; echo $$ >'
-                f'{self.path("pid")}; exec sleep 600',
+                'sh', '-c', f'echo $$ >{self.path("pid")}; '
+                'echo "(42.50/100%)"; exec sleep 600',
                 watch=watch, timeout_s=600,
             )
         self.assertEqual(42.5, heard[-1])

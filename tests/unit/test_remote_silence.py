@@ -14,7 +14,8 @@ from volume.remote.link import Link
 from volume.remote.opened import RemoteOpened
 from volume.testing import fixtures
 
-SILENCE_S = 1.0
+SILENCE_S = 2.0  # of who is deaf, and answers the first request
+QUIET_S = 5.0  # of who works, on a machine that is slow to answer
 # It greets, says that a file is open, and reads no more.
 DEAF = '''
 import os, signal
@@ -33,15 +34,16 @@ signal.pause()
 
 class SilenceTest(unittest.TestCase):
 
-    def link(self, *argv: str) -> Link:
-        link = Link('deaf', [sys.executable, *argv], str, SILENCE_S)
+    def link(self, *argv: str, silence_s: float = SILENCE_S) -> Link:
+        link = Link('deaf', [sys.executable, *argv], str, silence_s)
         link.open()
         self.addCleanup(link.close)
         return link
 
     def assert_lost(self, pending: concurrent.futures.Future[int]) -> None:
         with self.assertRaisesRegex(
-            errors.VolumeError, 'silence for 1 s|connection was lost'
+            errors.VolumeError,
+            f'silence for {SILENCE_S:g} s|connection was lost'
         ):
             pending.result(WAIT_S)
 
@@ -61,16 +63,19 @@ class SilenceTest(unittest.TestCase):
     def test_node_that_only_does_not_answer_is_told_of_as_well(self) -> None:
         link = self.link('-c', DEAF)
         link.call('open', '/x', 'r+b')
-        with self.assertRaisesRegex(errors.Unavailable, 'silence for 1 s'):
+        with self.assertRaisesRegex(
+            errors.Unavailable, f'silence for {SILENCE_S:g} s'
+        ):
             link.call('size', '/x')
 
     def test_long_quiet_work_is_no_silence(self) -> None:
         state_path = os.path.join(fixtures.state_dir(self), 'node')
         link = self.link(
             '-m', 'volume.remote.agent', '--state-path', state_path,
+            silence_s=QUIET_S,
         )
         link.call(
-            'run', ['sleep', str(2 * SILENCE_S)], 60.0, 1 << 10, False,
+            'run', ['sleep', str(1.2 * QUIET_S)], 60.0, 1 << 10, False,
         )
         self.assertFalse(link.is_lost)
 

@@ -252,7 +252,7 @@ class Dispatching(unittest.TestCase):
         self.assertEqual([], self.endpoint.events)
         with self.assertLogs('volume.rpc', 'WARNING') as logged:
             self.bus.cast(CONTEXT, '1.0', 'fail', {'volume_id': 'v'})
-        self.assertIn('Conflict: why', logged.output[0])
+        self.assertIn('Conflict: why', '\n'.join(logged.output))
         ((event, payload),) = self.endpoint.events
         self.assertEqual('thing.fail.error', event)
         self.assertEqual(
@@ -386,6 +386,8 @@ class Consuming(unittest.TestCase):
         server = rpc.Server(conf, Inner(), 'h')
         server.retry_s = 0.01
         server.start()
+        # It ends while a broker answers; afterwards it would never end.
+        self.addCleanup(server._thread.join, WAIT_S)
         self.addCleanup(server.stop)
         for _ in range(3):
             self.assertTrue(broker.refused.acquire(timeout=WAIT_S))

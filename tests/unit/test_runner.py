@@ -257,6 +257,7 @@ class Messages(RunnerCase):
             told(row)
         told.start()
         told.stop()
+        told._thread.join(LONG_S)  # who stops it does not wait as long
         self.assertEqual([row.id for row in rows], told.words)
 
 
@@ -522,12 +523,11 @@ class Drains(RunnerCase):
 
     def test_what_a_sweep_takes_meanwhile_is_given_back(self):
         rows = [self.accept(owner=None, expires_at=0.0) for _ in range(3)]
-        drained = threading.Event()
         submit = self.runner._submit
 
         def late(*words):
             self.begun.release()
-            drained.wait(0.5)
+            self.until(lambda: self.runner._closed)
             submit(*words)
 
         self.runner._submit = late
@@ -535,7 +535,6 @@ class Drains(RunnerCase):
         sweep.start()
         self.begun.acquire(timeout=LONG_S)
         self.runner.drain(LONG_S)
-        drained.set()
         sweep.join(LONG_S)
         self.assertEqual(
             {None}, {self.state(row).owner for row in rows}

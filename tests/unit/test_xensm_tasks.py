@@ -14,6 +14,9 @@ from volume import model
 from volume.drivers.xensm import fifo
 from volume.drivers.xensm import vdis
 from volume.drivers.xensm.driver import XenSmDriver
+from volume.sim.xapi.faults import AFTER
+from volume.sim.xapi.faults import BEFORE
+from volume.sim.xapi.faults import DELAY
 from volume.sim.xapi.faults import Fault
 from volume.testing import fixtures
 from volume.xenapi import options
@@ -21,6 +24,7 @@ from volume.xenapi import tasks
 from volume.xenapi.link import Link
 
 SIZE = 8 * model.MIB
+HOLD_S = 60.0
 
 
 class Tasks(unittest.TestCase):
@@ -44,6 +48,30 @@ class Tasks(unittest.TestCase):
         return tasks.run(
             self.link, 'VDI.copy', (self.vdi.ref, self.sr), 'a test', **more)
 
+    def hold(self, method, when, until):
+        """Have a call wait for an event, before or after its work."""
+        hurt = self.pool._hurt
+
+        def hurt_and_wait(name, moment, kinds):
+            hurt(name, moment, kinds)
+            if (name, moment) == (method, when) and DELAY in kinds:
+                until.wait(HOLD_S)
+
+        self.pool._hurt = hurt_and_wait
+
+    def cancelled(self):
+        """Return an event: somebody has asked for the end of a task."""
+        asked, cancel = threading.Event(), self.pool.tasks.cancel
+
+        def cancel_and_tell(ref):
+            try:
+                cancel(ref)
+            finally:
+                asked.set()
+
+        self.pool.tasks.cancel = cancel_and_tell
+        return asked
+
     def names(self):
         """Return how many VDIs there are beside the one that is copied."""
         return len(self.pool.rows.all('VDI')) - 1
@@ -58,10 +86,15 @@ class Tasks(unittest.TestCase):
         self.assertEqual(set(), self.left())
 
     def test_progress_is_told_in_percent(self):
-        seen = []
-        self.pool.faults.add(Fault('VDI.copy', 'delay', params=(0.3,)))
-        self.copy(watch=seen.append)
-        self.assertTrue(seen)
+        seen, told = [], threading.Event()
+
+        def watch(percent):
+            seen.append(percent)
+            told.set()
+
+        self.hold('VDI.copy', BEFORE, told)
+        self.copy(watch=watch)
+        self.assertTrue(told.is_set())
         self.assertTrue(all(0.0 <= each <= 100.0 for each in seen))
 
     def test_failure_has_its_meaning(self):
@@ -75,14 +108,14 @@ class Tasks(unittest.TestCase):
         def stop(percent):
             raise errors.Cancelled('a person wants it')
 
-        self.pool.faults.add(Fault('VDI.copy', 'delay', params=(0.5,)))
+        self.hold('VDI.copy', BEFORE, self.cancelled())
         with self.assertRaises(errors.Cancelled):
             self.copy(watch=stop)
         self.wait()
         self.assertEqual(0, self.names())
 
     def test_deadline_counts_from_the_call(self):
-        self.pool.faults.add(Fault('VDI.copy', 'delay', params=(1.0,)))
+        self.hold('VDI.copy', BEFORE, self.cancelled())
         started = time.monotonic()
         with self.assertRaisesRegex(errors.Unavailable, 'longer'):
             self.copy(deadline_s=0.2)
@@ -91,8 +124,7 @@ class Tasks(unittest.TestCase):
         self.assertEqual(0, self.names())
 
     def test_what_ended_while_it_was_cancelled_counts_as_done(self):
-        self.pool.faults.add(Fault(
-            'VDI.snapshot', 'delay', params=(0.6,), when='after'))
+        self.hold('VDI.snapshot', AFTER, self.cancelled())
         ref = tasks.run(
             self.link, 'VDI.snapshot', (self.vdi.ref,), 'a test',
             deadline_s=0.2)
