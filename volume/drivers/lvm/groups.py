@@ -242,8 +242,13 @@ class Group:
             raise errors.Unavailable(
                 f'LVM does not say where its locks are, but {said!r:.100}'
             )
-        path = f'{where[1]}/V_{self.name}'
-        with self.changing, self.node.borrow(path, self.settings.timeout_s):
+        path, wait_s = f'{where[1]}/V_{self.name}', self.settings.timeout_s
+        # As LVM does it: who is to change the group has the second file
+        # while he waits for the first, so that no reader comes before him.
+        with (
+            self.changing, self.node.borrow(f'{path}:aux', wait_s),
+            self.node.borrow(path, wait_s),
+        ):
             inside = copy.copy(self)
             inside._locking = ('--nolocking',)
             yield inside
