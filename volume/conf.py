@@ -56,7 +56,8 @@ SERVICE = (
     ),
     cfg.IntOpt(
         'database_connections', default=30, min=2,
-        help='The most connections to a database server at once.',
+        help='The most connections to a database server at once.\n'
+             'Heartbeat and leases have two more of their own.',
     ),
     cfg.ListOpt(
         'enabled_backends', default=[],

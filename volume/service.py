@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from oslo_config import cfg
 from sqlalchemy import select
@@ -58,6 +59,7 @@ from volume.transfer.sources import Sources
 LOG = logging.getLogger(__name__)
 END_S = 10.0  # for a thread that does something again and again
 GIVEN_UP = 3  # exit code
+PULSES = 2  # heartbeat and leases
 
 
 class Service:
@@ -99,12 +101,7 @@ class Service:
         url = options.database_url(conf)
         limits = options.database_limits(conf)
         self.db = Database(url, clock, **limits)
-        # Heartbeat and leases: whatever keeps eventlet's greenthreads busy,
-        # they go on, in native threads that share nothing with them.
-        self._pulse_db = (
-            Database(url, clock, **limits, for_native=True)
-            if concurrency.is_green() else self.db
-        )
+        self._pulse_db = self._pulse_database(limits)
         self._notifier = notifier(conf)
         self.runner = self._make_runner(state)
         self._exporters: dict[tuple[str, type[Exporter]], Exporter] = {}
@@ -391,6 +388,22 @@ class Service:
             takeover.end_all(self.node, self._exporters.values())
         finally:
             os._exit(GIVEN_UP)
+
+    def _pulse_database(self, limits: dict[str, Any]) -> Database:
+        """Return where heartbeat and leases are written.
+
+        On a server by connections that nobody else can use up. Of SQLite's
+        one writer at a time all wait in one line, which is fair; whatever
+        keeps eventlet's greenthreads busy, these go on, in native threads
+        that share nothing with them.
+        """
+        if self.db.is_sqlite and not concurrency.is_green():
+            return self.db
+        own = {**limits, 'connections': PULSES}
+        return Database(
+            self.db.url, self.db.clock, **own,
+            for_native=concurrency.is_green(),
+        )
 
     def _end_pulse(self) -> None:
         self._stop_pulse.set()

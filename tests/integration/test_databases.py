@@ -404,6 +404,30 @@ class OnMariadb(OnServer):
     database_kind = 'mariadb'
 
 
+class Busy(unittest.TestCase):
+    database_kind = 'postgresql'
+
+    def test_a_heart_beats_while_all_connections_are_in_use(self):
+        """Otherwise a service with much to do is taken for a dead one."""
+        world = serving.World(
+            self, settings='database_connections = 2\nlease_s = 3\n'
+        )
+        outside = Database(world.service.db.url)
+        self.addCleanup(outside.close)
+
+        def heard():
+            return outside.read(
+                lambda s: s.get(models.Service, 'node-1').heard_at
+            )
+
+        with (
+            world.service.db.engine.connect(),
+            world.service.db.engine.connect(),
+        ):
+            before = heard()
+            serving.until(heard, lambda at: at > before)
+
+
 @database.on_all
 class Native(unittest.TestCase):
     """Under eventlet, which would leave native threads waiting for ever."""
