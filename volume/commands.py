@@ -133,13 +133,17 @@ def run(
 ) -> str:
     """Run it to its end; ``locks`` are descriptors that it inherits.
 
+    Without input the last of them is its standard input, too: LVM closes
+    all but its standard streams as it starts, and that one it keeps.
+
     ``tick`` is called a few times a second as well, and ends the command by
     raising; unlike ``watch`` it does not change what is kept of the output.
     """
+    stdin = locks[-1] if locks else subprocess.DEVNULL
     try:
         child = concurrency.popen(
             argv, env=ENVIRONMENT, pass_fds=locks, process_group=0,
-            stdin=subprocess.PIPE if input_bytes else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if input_bytes else stdin,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
         )
     except FileNotFoundError as missing:

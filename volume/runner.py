@@ -109,6 +109,8 @@ class Runner:
                 # Another process may have run it.
                 row = self._row(job_id)
                 is_late = time.monotonic() >= deadline
+                if waiter.ended is not None:
+                    break  # he was told while we looked
                 if row is not None and row.state != 'open' and (
                     is_late or not self._has_ended_here(row)
                 ):

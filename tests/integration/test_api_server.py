@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import select
 import socket
 import ssl
 import stat
@@ -244,6 +245,27 @@ class Tls(unittest.TestCase):
             self.made.url, verify=self.certificate, timeout=TIMEOUT_S / 4
         )
         self.assertEqual(300, asked.status_code)
+
+    def test_who_is_refused_in_mid_sentence_hears_why(self):
+        context = ssl.create_default_context(cafile=self.certificate)
+        # It ends as TCP does, after a whole answer.
+        context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
+        port = int(self.made.url.rpartition(':')[2])
+        with socket.create_connection(
+            ('127.0.0.1', port), TIMEOUT_S
+        ) as sock, context.wrap_socket(
+            sock, server_hostname='localhost'
+        ) as tls:
+            tls.sendall(
+                b'POST /v3/volumes HTTP/1.1\r\nHost: localhost\r\n'
+                b'Content-Length: 8000000\r\n\r\n'
+            )
+            # Once the server has answered, and waits for what still comes:
+            # more than is on its way without anybody who reads.
+            select.select([tls], [], [], TIMEOUT_S)
+            tls.sendall(b' ' * 8_000_000)
+            said = b''.join(iter(lambda: tls.recv(65536), b''))
+        self.assertIn(b'exceeds the maximum', said)
 
     def test_old_versions_of_tls_are_refused(self):
         context = ssl.create_default_context(cafile=self.certificate)

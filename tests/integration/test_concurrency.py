@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import unittest
@@ -22,6 +24,19 @@ MIB = 1 << 20
 QCOW = '[b]\ndriver = qcow\ndirectories = {root}/pool\n'
 CLIENTS = 30
 IMAGE_MIB = 500
+DOORS_S = 300
+
+
+class Doors(unittest.TestCase):
+    def test_the_http_server_passes_its_own_tests(self):
+        done = subprocess.run(
+            [sys.executable, '-m', 'unittest',
+             'tests.integration.test_api_server'],
+            env={**os.environ, 'VOLUME_TEST_CONCURRENCY': 'eventlet'},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=DOORS_S,
+        )
+        self.assertEqual(0, done.returncode, done.stdout)
 
 
 class Eventlet(unittest.TestCase):

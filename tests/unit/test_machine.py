@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 
 from volume import errors
 from volume.machine.opened import Opened
+from volume.node import CommandFailed
 from volume.node import Node
 from volume.node import Op
 from volume.node import Process
@@ -303,13 +305,13 @@ class BorrowTest(MachineCase):
         self.gone = self.path('gone')
 
     @contextlib.contextmanager
-    def another(self) -> Iterator[subprocess.Popen[str]]:
-        """Have another program hold the lock until it hears something.
+    def another(self, lock: str = '') -> Iterator[subprocess.Popen[str]]:
+        """Have another program hold a lock until it hears something.
 
         The last that it does before it lets go is to make a file.
         """
         with subprocess.Popen(
-            ['flock', '-o', self.lock, 'sh', '-c',
+            ['flock', '-o', lock or self.lock, 'sh', '-c',
              'echo in; read line; : > "$0"', self.gone],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         ) as program:
@@ -384,6 +386,44 @@ class BorrowTest(MachineCase):
             f.write('go\n')
         with self.node.borrow(self.lock, 30):
             self.assertTrue(os.path.exists(late))
+
+    def test_lvm_keeps_it_though_it_closes_what_it_inherits(self) -> None:
+        if shutil.which('lvm') is None:
+            self.skipTest('no lvm')
+        thread = threading.Thread(target=self.change_another_group)
+        with self.another(self.path('V_another')):
+            thread.start()
+            late = time.monotonic() + 30
+            while not (found := self.descriptors_of_lvm('V_another')):
+                self.assertLess(time.monotonic(), late)
+        thread.join(30)
+        self.assertEqual(['0'], [
+            number for number, path in found.items() if path == self.lock
+        ])
+
+    def change_another_group(self) -> None:
+        with self.node.borrow(self.lock, 30):
+            with self.assertRaises(CommandFailed):  # there is none
+                self.node.run(
+                    'lvm', 'lvchange', '-ay', 'another/lv', '--config',
+                    f'global{{locking_dir="{self.root}"}}'
+                    'devices{use_devicesfile=0 filter=["r|.*|"]}',
+                )
+
+    def descriptors_of_lvm(self, lock: str) -> dict[str, str]:
+        """Return those of a command of LVM that waits for a lock of ours."""
+        for proc in glob.glob('/proc/[0-9]*'):
+            with contextlib.suppress(OSError):
+                with open(f'{proc}/comm') as f:
+                    if f.read() != 'lvm\n':
+                        continue
+                found = {
+                    number: os.readlink(f'{proc}/fd/{number}')
+                    for number in os.listdir(f'{proc}/fd')
+                }
+                if self.path(lock) in found.values():
+                    return found
+        return {}
 
     def test_lock_that_cannot_be_had_is_told_of(self) -> None:
         path = self.path('none/V_vg')

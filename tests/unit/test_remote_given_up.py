@@ -239,6 +239,22 @@ class QueueTest(unittest.TestCase):
                 )
 
 
+    def test_who_has_borrowed_a_lock_waits_for_nobody_who_waits_for_it(
+        self,
+    ) -> None:
+        with self.agent() as child:
+            lock = os.path.join(self.root, 'V_vg')
+            self.ask(child, id=1, do='borrow', args=[lock, 30])
+            held = self.hear(child)['result']
+            for number in range(agent.THREADS_MAX):
+                self.ask(
+                    child, id=100 + number, do='read', args=[self.fifo, 9]
+                )
+            self.ask(child, id=2, do='exists', args=[lock], holds=[held])
+            self.assertEqual({'id': 2, 'result': True}, self.hear(child))
+            self.let_go(child)
+
+
 class EndTest(RemoteCase):
     """Commands whose connection is gone."""
 

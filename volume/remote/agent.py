@@ -76,6 +76,8 @@ class Request:
         ):
             if not isinstance(value, kind):
                 raise wire.Broken(f'a request with {value!r:.40}')
+        if not all(isinstance(each, int) for each in self.holds):
+            raise wire.Broken('a lock without a number')
         if self.id < 0 or not self.do:
             raise wire.Broken('a request without a number or a name')
 
@@ -120,6 +122,7 @@ class Agent:
         self._numbers = 0
         self._files: dict[int, tuple[Opened, str]] = {}
         self._turns: dict[int, tuple[Turn, contextlib.ExitStack]] = {}
+        self._borrowed: set[int] = set()
         self._requests: dict[Any, Request] = {}
         self._work: SimpleQueue[Request] = SimpleQueue()
         self._idle = 0
@@ -168,9 +171,15 @@ class Agent:
             return
         with self._guard:
             is_refused = len(self._requests) >= wire.REQUESTS_MAX
+            # All the threads may wait for the lock that its caller has.
+            is_alone = not self._borrowed.isdisjoint(request.holds)
             if not is_refused:
                 self._requests[request.id] = request
-                if self._idle:
+                if is_alone:
+                    threading.Thread(
+                        target=self._see_to, args=(request,), daemon=True
+                    ).start()
+                elif self._idle:
                     self._idle -= 1
                 elif self._threads < THREADS_MAX:
                     self._threads += 1
@@ -180,8 +189,8 @@ class Agent:
                 'id': request.id, 'error': 'Unavailable',
                 'message': 'the node has too many requests already',
             })
-            return
-        self._work.put(request)
+        elif not is_alone:
+            self._work.put(request)
 
     def _at_once(self, request: Request) -> None:
         number = request.args[0] if request.args else 0
@@ -192,6 +201,7 @@ class Agent:
         elif request.do == 'release':
             with self._guard:
                 _, stack = self._turns.pop(number, (None, None))
+                self._borrowed.discard(number)
             if stack is not None:
                 stack.close()
         else:
@@ -213,13 +223,15 @@ class Agent:
 
     def _help(self) -> None:
         while True:
-            request = self._work.get()
-            if self._begin(request):
-                contextvars.copy_context().run(self._answer, request)
+            self._see_to(self._work.get())
             with self._guard:
-                self._requests.pop(request.id, None)
                 self._idle += 1
-            del request  # its bytes must not wait for the next one
+
+    def _see_to(self, request: Request) -> None:
+        if self._begin(request):
+            contextvars.copy_context().run(self._answer, request)
+        with self._guard:
+            self._requests.pop(request.id, None)
 
     def _begin(self, request: Request) -> bool:
         with self._guard:
@@ -402,7 +414,10 @@ class Agent:
             descriptor = stack.enter_context(
                 locks.borrow(path, wait_s, self._node._tick)
             )
-            return self._keep(Turn({path: descriptor}, {}), stack)
+            number = self._keep(Turn({path: descriptor}, {}), stack)
+        with self._guard:
+            self._borrowed.add(number)
+        return number
 
     def _keep(self, turn: Turn, stack: contextlib.ExitStack) -> int:
         """Hold this until it is released."""

@@ -62,7 +62,7 @@ class Group:
         self.settings = settings
         self.node = node
         self.changing = _changing(node, name)
-        self._locking: tuple[str, ...] = ()
+        self._locking = ''  # a part of LVM's configuration
         self._uuid = ''
         self._filter: tuple[str, ...] = ()
         self._known: dict[str, str] = {}
@@ -109,7 +109,7 @@ class Group:
         return bool(self._scan())
 
     def _scan(self) -> list[Seen]:
-        found = scan(self.node, self.settings.timeout_s, *self._locking)
+        found = scan(self.node, self.settings.timeout_s, self._locking)
         return [pv for pv in found if pv.vg_name == self.name]
 
     def _refuse_foreign(self, pv: Seen) -> None:
@@ -245,12 +245,15 @@ class Group:
         path, wait_s = f'{where[1]}/V_{self.name}', self.settings.timeout_s
         # As LVM does it: who is to change the group has the second file
         # while he waits for the first, so that no reader comes before him.
+        # The first is borrowed last: a command that outlives us keeps that.
         with (
             self.changing, self.node.borrow(f'{path}:aux', wait_s),
             self.node.borrow(path, wait_s),
         ):
             inside = copy.copy(self)
-            inside._locking = ('--nolocking',)
+            # Locks of their own, and not none (--nolocking): LVM heeds no
+            # signal while it holds one, and would end anywhere without.
+            inside._locking = f'global{{locking_dir="{where[1]}/volume"}}'
             yield inside
 
     def wake(self, name: str) -> None:
@@ -383,10 +386,11 @@ class Group:
 
     def _config(self, may_discard: bool = True) -> tuple[str, ...]:
         accepted = ''.join(f'"a|^{_quoted(path)}$|",' for path in self._filter)
-        return *self._locking, '--config', (
+        return '--config', (
             'devices{use_devicesfile=0 hints="none" '
             f'{"" if may_discard else "issue_discards=0 "}'
             f'filter=[{accepted}"r|.*|"]}}activation{{monitoring=0}}'
+            f'{self._locking}'
         )
 
     def _run(self, *argv: str) -> str:
@@ -424,9 +428,10 @@ def refuse_dependents(vg: Vg, lv: Lv) -> None:
         )
 
 
-def scan(node: Node, timeout_s: float, *options: str) -> list[Seen]:
+def scan(node: Node, timeout_s: float, config: str = '') -> list[Seen]:
     """Return all disks with LVM on them, as the machine's own filter has it.
     """
+    options = ('--config', config) if config else ()
     return report.read_scan(run(
         node, timeout_s, 'pvs', *options, '--foreign', '--shared', '--all',
         '--reportformat', 'json', '-o', ','.join(report.SCAN_FIELDS),
