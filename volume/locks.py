@@ -39,8 +39,11 @@ def hold(
     wait_s: float = WAIT_S,
     grace_s: float = 0.0,
     may_end: MayEnd = contextlib.nullcontext,
-) -> Iterator[tuple[int, ...]]:
+) -> Iterator[dict[str, int]]:
     """Hold the locks of all names, taken in order; yield the descriptors.
+
+    The last is of an exclusive lock, if there is one: a command may keep no
+    other (``commands.run``), and one that is shared stops few.
 
     Another process that holds one is ended, after ``grace_s``: a neighbour
     that has just ended its job is about to let go by itself. ``may_end`` is
@@ -52,13 +55,17 @@ def hold(
     modes = {name: fcntl.LOCK_SH for name in shared}
     modes.update({name: fcntl.LOCK_EX for name in exclusive})
     with contextlib.ExitStack() as stack:
-        yield tuple(
-            _take(
+        taken = {
+            name: _take(
                 stack, modes[name], wait_s, grace_s,
                 _Holders(os.path.join(directory, name), may_end),
             )
             for name in sorted(modes)
-        )
+        }
+        yield {
+            name: taken[name]
+            for name in sorted(taken, key=lambda name: name in exclusive)
+        }
 
 
 @contextlib.contextmanager

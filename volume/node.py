@@ -430,7 +430,7 @@ class Node:
         with locks.hold(
             self.lock_dir, exclusive, shared, grace_s=grace_s
         ) as descriptors:
-            token = held.set((*held.get(), *descriptors))
+            token = held.set((*held.get(), *descriptors.values()))
             try:
                 yield
             finally:

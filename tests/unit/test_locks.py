@@ -153,11 +153,24 @@ class Holding(unittest.TestCase):
                 both = self.node.run('ls', '-l', '/proc/self/fd')
             one = self.node.run('ls', '-l', '/proc/self/fd')
         none = self.node.run('ls', '-l', '/proc/self/fd')
-        for name, in_both, in_one in ('v1', 1, 1), ('v2', 1, 0):
+        for name, in_one in ('v1', True), ('v2', False):
             path = os.path.join(self.directory, name)
-            self.assertEqual(in_both, both.count(path))
-            self.assertEqual(in_one, one.count(path))
-            self.assertEqual(0, none.count(path))
+            self.assertIn(path, both)
+            self.assertEqual(in_one, path in one)
+            self.assertNotIn(path, none)
+
+    def test_lock_that_nobody_else_has_is_the_standard_input(self):
+        # Which is all that LVM keeps.
+        with self.node.hold(exclusive=['v1'], shared=['v2']):
+            first = self.node.run('readlink', '/proc/self/fd/0')
+            with self.node.hold(exclusive=['v3']):
+                later = self.node.run('readlink', '/proc/self/fd/0')
+        after = self.node.run('readlink', '/proc/self/fd/0')
+        self.assertEqual(
+            [*(os.path.join(self.directory, each) for each in ('v1', 'v3')),
+             '/dev/null'],
+            [each.strip() for each in (first, later, after)],
+        )
 
     def test_thread_that_works_for_a_holder_hands_its_locks_on(self):
         seen = []
@@ -226,10 +239,10 @@ class Holding(unittest.TestCase):
         # two owners would each hold a file of their own.
         with locks.hold(self.directory, ['v1'], ()):
             locks.forget(self.directory, 'v1')
-            with locks.hold(self.directory, ['v1'], ()) as (new,):
+            with locks.hold(self.directory, ['v1'], ()) as descriptors:
                 self.assertEqual(
                     os.stat(os.path.join(self.directory, 'v1')).st_ino,
-                    os.fstat(new).st_ino,
+                    os.fstat(descriptors['v1']).st_ino,
                 )
         locks.forget(self.directory, 'v1')
         locks.forget(self.directory, 'v1')
@@ -240,9 +253,11 @@ class Holding(unittest.TestCase):
 
         def work():
             waiting.set()
-            with locks.hold(self.directory, ['v1'], ()) as (fd,):
+            with locks.hold(self.directory, ['v1'], ()) as descriptors:
                 path = os.path.join(self.directory, 'v1')
-                found.append(os.fstat(fd).st_ino == os.stat(path).st_ino)
+                found.append(os.path.samestat(
+                    os.fstat(descriptors['v1']), os.stat(path)
+                ))
 
         thread = threading.Thread(target=work)
         with locks.hold(self.directory, ['v1'], ()):

@@ -78,8 +78,7 @@ class Tickets:
             self.directory, exclusive, shared, grace_s=grace_s,
             may_end=may_end,
         ) as descriptors:
-            turn = Turn(dict(zip(sorted(ours), descriptors, strict=True)),
-                        ours)
+            turn = Turn(descriptors, ours)
             turn.check()
             yield turn
 
