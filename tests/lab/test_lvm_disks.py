@@ -2,9 +2,11 @@
 """Disks of a volume group: missing, slow, moved away from, two as one."""
 
 import contextlib
+import threading
 import unittest
 
 from tests.lab import case
+from tests.lab import exports_case
 from tests.lab.lvm_case import MIB
 from tests.lab.lvm_case import OTHER
 from tests.lab.lvm_case import OWN
@@ -13,6 +15,7 @@ from volume import errors
 from volume import ids
 from volume import model
 from volume.drivers.lvm import driver
+from volume.remote.node import SshNode
 
 VIRTIO = '/sys/bus/virtio/drivers/virtio_blk'
 
@@ -49,7 +52,13 @@ class SlowDisk:
         self._dmsetup('reload', delay_ms)
         self.test.guest.run('dmsetup', 'resume', 'slow')
 
+    def is_written_to(self):
+        """Say whether something is late."""
+        said = self.test.guest.run('dmsetup', 'status', 'slow').split()
+        return int(said[4]) > 0
+
     def remove(self):
+        self.delay(0)
         self.test.guest.run('dmsetup', 'remove', '--retry', 'slow')
 
     def _dmsetup(self, command, delay_ms):
@@ -147,6 +156,40 @@ class DisksTest(SmallCase, unittest.TestCase):
             (6 * MIB, 2 * MIB, MIB),
             tuple(self.count(path, byte) for byte in (OWN, OTHER, 0)),
         )
+
+    def test_command_that_outlives_its_agent_is_alone_until_it_has_ended(self):
+        slow = SlowDisk(self, 2)
+        self.addCleanup(slow.remove)
+        self.lvm('pvcreate', slow.path)
+        self.lvm('vgextend', self.group, slow.path)
+        node = SshNode(exports_case.target_of(self.guest))
+        self.addCleanup(node.close)
+        agent = node.run('sh', '-c', 'echo $PPID').strip()
+        made = driver.LvmDriver(self.settings(), node)
+        made.check()
+        slow.delay(600_000)
+        thread = threading.Thread(
+            target=self.make_alone, args=(made._store(self.group).group,))
+        thread.start()
+        while not slow.is_written_to():
+            self.assertTrue(thread.is_alive())
+        self.guest.run('kill', '-KILL', agent)
+        while self.guest.succeeds('test', '-e', f'/proc/{agent}'):
+            pass
+        lock = f'/run/lock/lvm/V_{self.group}'
+        self.assertFalse(self.guest.succeeds('flock', '-n', lock, 'true'))
+        slow.delay(0)
+        self.guest.run('flock', '-w', '60', lock, 'true')
+        thread.join(60)
+        # The kernel has told it to end, and it has finished what it did.
+        self.assertIn('mine', self.lvs())
+        self.lvm('lvremove', f'{self.group}/mine')
+        self.lvm('vgreduce', self.group, slow.path)
+        self.lvm('pvremove', slow.path)
+
+    def make_alone(self, group):
+        with group.alone() as inside, contextlib.suppress(errors.Unknown):
+            inside.change('lvcreate', '-l', '1', '-n', 'mine', self.group)
 
     def disks_of(self, name):
         """Return where a logical volume lies, as lvs has it."""
