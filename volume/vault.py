@@ -24,13 +24,19 @@ from cryptography.fernet import MultiFernet
 from volume import errors
 
 ALPHABET = string.ascii_letters + string.digits
-LENGTH = 16  # what the strictest initiators take for CHAP; 95 bits
+LENGTH = 16  # what the strictest initiators take for CHAP; 94 bits
 FILE_BYTES_MAX = 1 << 16
 
 
 def new_secret() -> str:
-    """Return a random secret that every protocol of ours can carry."""
-    return ''.join(secrets.choice(ALPHABET) for _ in range(LENGTH))
+    """Return a random secret that every protocol of ours can carry.
+
+    It begins with a small letter: in iSCSI what begins with 0x or 0b is a
+    number (RFC 7143, 6.1), and LIO refuses such a user; NULL is none to it.
+    """
+    return secrets.choice(string.ascii_lowercase) + ''.join(
+        secrets.choice(ALPHABET) for _ in range(LENGTH - 1)
+    )
 
 
 def make_key(path: str) -> None:

@@ -147,6 +147,14 @@ class LioTest(exports.ExporterSuite, LioCase):
         self.refused(before)
         self.assertEqual(self.image, self.read(after))
 
+    def test_user_whose_name_begins_as_a_number_is_never_let_in(self):
+        # So no such name is made (vault.new_secret).
+        for name in '0xabcdefghijklmn', '0Babcdefghijklmn':
+            attachment_id = self.attachment()
+            self.wanted(attachment_id)
+            self._secrets[attachment_id]['username'] = name
+            self.refused(self.export(attachment_id))
+
     def test_name_of_a_host_is_the_same_in_capitals(self):
         loud = model.Host('loud', (), 'iqn.2024-01.ORG.Example:LOUD')
         connection = self.export(self.attachment(), host=loud)

@@ -101,4 +101,4 @@ class VaultTest(unittest.TestCase):
         found = {vault.new_secret() for _ in range(100)}
         self.assertEqual(100, len(found))
         for each in found:
-            self.assertRegex(each, r'^[A-Za-z0-9]{16}$')
+            self.assertRegex(each, r'^[a-z][A-Za-z0-9]{15}$')

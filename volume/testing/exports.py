@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol
 from volume import errors
 from volume import ids
 from volume import model
+from volume import vault
 from volume.exports.base import Export
 from volume.exports.base import Exporter
 from volume.exports.base import Source
@@ -96,8 +97,7 @@ class ExporterBench(workbench.Case):
         """
         source = source or self.source
         secrets = self._secrets.setdefault(attachment_id, {
-            name: ids.new().replace('-', '')[:16]
-            for name in self.exporter.wants
+            name: vault.new_secret() for name in self.exporter.wants
         })
         return Export(
             attachment_id,
