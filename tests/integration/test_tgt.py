@@ -185,24 +185,22 @@ class EndTest(Case):
         wanted = self.wanted()
         login = iscsi.Login.of(self.exporter.export(wanted), HOST.iqn)
 
-        def write():
-            session, count = iscsi.Session(login), 0
-            try:
+        def write(session):
+            with contextlib.suppress(iscsi.Refused):
                 while True:
                     session.write(0, b'\xff' * MIB)
-                    count += 1
-            except iscsi.Refused:
-                return count
-            finally:
-                session.drop()
 
+        sessions = [iscsi.Session(login) for _ in range(2)]
+        for session in sessions:
+            self.addCleanup(session.drop)
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            writers = [threads.submit(write) for _ in range(2)]
+            writers = [threads.submit(write, each) for each in sessions]
             while not any(map(bool, self.written(wanted))):
                 pass
             self.exporter.unexport(wanted.attachment_id)
             after = self.written(wanted)
-            self.assertTrue(sum(each.result() for each in writers))
+            for each in writers:
+                each.result()
         self.assertEqual(after, self.written(wanted))
 
     def written(self, wanted):
