@@ -51,6 +51,9 @@ class Wire:
                 'client_mount_timeout': timeout,
                 'rados_mon_op_timeout': timeout,
                 'rados_osd_op_timeout': timeout,
+                # With two, as it comes, librados 16.2 uses memory that one
+                # of them has given back (tests/integration/test_rbd_memory).
+                'librados_thread_count': '1',
                 # What a call has answered is stored, and not in a cache
                 # whose errors are told to nobody.
                 'rbd_cache': 'false',
