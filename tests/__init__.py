@@ -18,6 +18,7 @@ concurrency.start(CONCURRENCY)
 import faulthandler  # noqa: E402
 import logging  # noqa: E402
 import signal  # noqa: E402
+import threading  # noqa: E402
 import unittest  # noqa: E402
 
 by_thread = unittest.skipIf(
@@ -25,6 +26,7 @@ by_thread = unittest.skipIf(
     'under eventlet a statement does not tell whose thread asks it',
 )
 
+END_S = 30.0  # for a thread of a service that was told to end
 LIMIT_S = float(os.environ.get('VOLUME_TEST_LIMIT_S', '300'))
 
 # Injected faults are logged by the thousand; a test that asks for logs gets
@@ -47,6 +49,8 @@ def _limited(case, result=None):
         faulthandler.dump_traceback()
         raise TooLong(f'{case.id()} ran for more than {limit_s:g} s')
 
+    # What is first to be cleaned up later is the last to be looked at.
+    case.addCleanup(_ended, set(threading.enumerate()))
     # Where all is slow, more time is no sign of hanging.
     limit_s = max(LIMIT_S, getattr(case, 'limit_s', 0.0))
     before = signal.signal(signal.SIGALRM, end)
@@ -56,6 +60,23 @@ def _limited(case, result=None):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _ended(before):
+    """Fail if a service that the test has started goes on.
+
+    It would work on in the tests after it: log, start daemons anew in what
+    is gone, and, when it finds that it was fenced, end the whole process.
+    """
+    left = {
+        thread for thread in threading.enumerate()
+        if thread.name == 'sweep' and thread not in before
+    }
+    for thread in left:
+        thread.join(END_S)
+    assert not any(thread.is_alive() for thread in left), (
+        'a service that this test has started was not stopped'
+    )
 
 
 unittest.TestCase.run = _limited

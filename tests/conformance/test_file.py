@@ -65,6 +65,19 @@ class Suite(conformance.DriverSuite):
     def test_missing_directory_is_refused(self):
         self.assert_refused([self.directory + '-gone'], 'make it')
 
+    def test_missing_directory_is_told_in_the_same_words_each_time(self):
+        # What differs from before is logged: once, not at each check.
+        conf = fixtures.settings(
+            file.FileDriver, directories=[self.directory + '-gone']
+        )
+        driver = file.FileDriver(conf, self.node)
+        told = set()
+        for _ in range(2):
+            with self.assertRaises(errors.Invalid) as caught:
+                driver.check()
+            told.add(str(caught.exception))
+        self.assertEqual(1, len(told), told)
+
     def test_file_for_a_directory_is_refused(self):
         path = os.path.join(self.node.state_dir, 'file')
         with open(path, 'wb'):

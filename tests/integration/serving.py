@@ -75,13 +75,22 @@ class World:
                    else 'capacity_gib = 8\n')
                 + f'{sections}\n'
             )
-        self.service = service.Service(options.load([], [path]))
+        self._path = path
+        self.start()
+        test.addCleanup(self.stop)
+
+    def start(self) -> None:
+        """Serve, as the configuration is now, with all doors open."""
+        self.service = service.Service(options.load([], [self._path]))
         # Nothing periodic would report a backend that is slow at first.
         self.service.check_wait_s = 60.0
         self.service.start()
-        test.addCleanup(self.service.stop)
         self.core = self.service.core
         self.app = app.make_app(self.core, auth.NoAuth())
+
+    def stop(self) -> None:
+        """End the service; to be repeated."""
+        self.service.stop()
 
     def with_tokens(
         self, entries: list[dict[str, Any]], limits: Limits | None = None

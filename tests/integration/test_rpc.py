@@ -17,11 +17,9 @@ from tests.integration.compute import CALLER
 from tests.integration.compute import Compute
 from tests.integration.serving import until
 from tests.integration.serving import World
-from volume import conf as options
 from volume import errors
 from volume import ids
 from volume import rpc
-from volume import service
 from volume.db import models
 from volume.model import GIB
 from volume.model import MIB
@@ -250,14 +248,10 @@ class Serving(Brokered):
 
     def test_casts_wait_for_a_service_that_is_being_restarted(self):
         api = self.client()
-        self.world.service.stop()
+        self.world.stop()
         api.create_volume(CALLER, self.own_id, confirm=False, size=1)
         self.assertEqual([], self.stored())
-        path = os.path.join(self.world.directory, 'volume.conf')
-        again = service.Service(options.load([], [path]))
-        again.check_wait_s = 60.0
-        again.start()
-        self.addCleanup(again.stop)
+        self.world.start()
         self.settled(api, self.own_id)
         self.assertEqual(1, len(self.stored()))
 

@@ -15,7 +15,6 @@ from tests.integration import serving
 from volume import errors
 from volume import ids
 from volume import model
-from volume import service
 from volume.exports.tgt_wire import Tgtd
 from volume.node import Node
 from volume.testing import fixtures
@@ -224,11 +223,9 @@ class RestartTest(Case):
     def test_restarted_service_finds_its_exports_and_a_host_goes_on(self):
         attachment_id, info = self.attach(self.make())
         with self.enter(info) as session:
-            self.world.service.stop()
+            self.world.stop()
             self.assertEqual(bytes(512), session.read(0, 512))
-            self.world.service = service.Service(self.world.service.conf)
-            self.world.service.check_wait_s = 60.0
-            self.world.service.start()
+            self.world.start()
             self.assertEqual(bytes(512), session.read(0, 512))
             exporter = self.world.service.runner.backends['san'].exporter
             self.assertEqual({attachment_id}, exporter.exported())

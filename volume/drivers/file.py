@@ -343,8 +343,11 @@ class FileDriver(
         except errors.NoSpace:
             return known
         except (errors.Invalid, errors.NotFound) as failed:
+            # Without the probe's name: who asks again is told the same, so
+            # that it is logged once.
+            why = str(failed).replace(source, path)
             raise errors.Invalid(
-                f'cannot write to directory {path} ({failed}): make it, '
+                f'cannot write to directory {path} ({why}): make it, '
                 'mount it, or give it to the user of this service'
             ) from failed
         try:
