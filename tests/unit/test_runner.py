@@ -185,6 +185,22 @@ class Hints(RunnerCase):
         self.gate.set()
         self.assertEqual('done', self.runner.wait(row.id, LONG_S).state)
 
+    def test_what_ends_while_it_is_looked_at_for_the_last_time_has_ended(self):
+        look = self.runner._row
+
+        def row_of(job_id):
+            row = look(job_id)
+            self.gate.set()
+            self.until(lambda: not self.runner.busy())
+            return row
+
+        self.runner._row = row_of
+        self.step = self.blocks
+        row = self.accept()
+        self.runner.hint(row)
+        self.begun.acquire(timeout=LONG_S)
+        self.assertEqual('done', self.runner.wait(row.id, 0.0).state)
+
     def test_a_job_hinted_twice_runs_once(self):
         self.step = self.blocks
         row = self.accept()
