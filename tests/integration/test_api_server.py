@@ -36,7 +36,9 @@ def application(environ, start_response):
 class Server(unittest.TestCase):
 
     def serve(self, wsgi=application, **options):
-        made = server.Server(wsgi, **{'port': 0, 'drain_s': 10, **options})
+        made = server.Server(wsgi, **{
+            'port': 0, 'drain_s': 10, 'hear_out_s': TIMEOUT_S, **options,
+        })
         made.start()
         self.addCleanup(made.stop)
         return made
@@ -152,6 +154,21 @@ class Server(unittest.TestCase):
                     f'Connection: close\r\n{headers}\r\n\r\n'
                 ).encode() + b' ' * 4_000_000))
 
+    def test_who_is_refused_and_never_ends_is_not_heard_for_ever(self):
+        made = self.serve()
+        address = made.url.removeprefix('http://').split(':')
+        sent_bytes, piece = 0, bytes(1 << 20)
+        with socket.create_connection(address, TIMEOUT_S) as sock:
+            sock.sendall(
+                b'POST /v3/volumes HTTP/1.1\r\nHost: localhost\r\n'
+                b'Content-Length: 99999999999\r\n\r\n'
+            )
+            with self.assertRaises(ConnectionError):
+                while sent_bytes < 1 << 40:
+                    sent_bytes += sock.send(piece)
+        # And what the kernel takes without anybody who reads.
+        self.assertLess(sent_bytes, server.HEAR_OUT_BYTES + (32 << 20))
+
     def told(self, made, data):
         """Say all, however long it is, and only then listen."""
         address = made.url.removeprefix('http://').split(':')
@@ -220,6 +237,7 @@ class Tls(unittest.TestCase):
             self.skipTest('no openssl')
         self.made = server.Server(
             application, port=0, drain_s=10, timeout_s=TIMEOUT_S,
+            hear_out_s=TIMEOUT_S,
             tls_certificate=self.certificate, tls_key=self.key,
         )
         self.made.start()

@@ -35,7 +35,6 @@ HEADER_BYTES_MAX = 32768
 BODY_BYTES_MAX = 1 << 20
 BACKLOG = 512
 KEEP_ALIVE_MAX = 256
-HEAR_OUT_S = 2.0
 HEAR_OUT_BYTES = 64 << 20
 PIECE_BYTES = 1 << 16
 
@@ -45,8 +44,9 @@ class Server:
 
     ``listen`` is an address, or ``unix:PATH``; port 0 takes a free one.
     ``timeout_s`` bounds a silent client, ``request_s`` one that sends its
-    request in drops, ``drain_s`` what ``stop`` waits for. With
-    ``tls_client_ca`` only clients with a certificate get in.
+    request in drops, ``hear_out_s`` what is waited for the rest of what is
+    refused, ``drain_s`` what ``stop`` waits for. With ``tls_client_ca`` only
+    clients with a certificate get in.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Server:
         tls_client_ca: str | None = None,
         timeout_s: int = 10,
         request_s: float = 20.0,
+        hear_out_s: float = 2.0,
         drain_s: int = 60,
         socket_mode: int = 0o600,
     ) -> None:
@@ -80,6 +81,7 @@ class Server:
         )
         self._server.socket_mode = socket_mode
         self._server.request_s = request_s
+        self._server.hear_out_s = hear_out_s
         self._server.max_request_header_size = HEADER_BYTES_MAX
         self._server.max_request_body_size = BODY_BYTES_MAX
         self._server.keep_alive_conn_limit = KEEP_ALIVE_MAX
@@ -263,7 +265,7 @@ class _Connection(http.HTTPConnection):
         What is closed with something unread in it is reset, and a reset
         overtakes the answer (RFC 9112, section 9.6).
         """
-        deadline = time.monotonic() + HEAR_OUT_S
+        deadline = time.monotonic() + self.server.hear_out_s
         left_bytes = HEAR_OUT_BYTES
         tls = self.socket
         # Of TLS nothing is left to do: what comes is not deciphered.
@@ -288,6 +290,7 @@ class _Cheroot(wsgi.Server):
     ConnectionClass = _Connection
     socket_mode = 0o600
     request_s = 20.0
+    hear_out_s = 2.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
