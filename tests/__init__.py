@@ -19,6 +19,7 @@ import faulthandler  # noqa: E402
 import logging  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
+import time  # noqa: E402
 import unittest  # noqa: E402
 
 by_thread = unittest.skipIf(
@@ -50,7 +51,7 @@ def _limited(case, result=None):
         raise TooLong(f'{case.id()} ran for more than {limit_s:g} s')
 
     # What is first to be cleaned up later is the last to be looked at.
-    case.addCleanup(_ended, set(threading.enumerate()))
+    case.addCleanup(_ended, _services())
     # Where all is slow, more time is no sign of hanging.
     limit_s = max(LIMIT_S, getattr(case, 'limit_s', 0.0))
     before = signal.signal(signal.SIGALRM, end)
@@ -62,21 +63,21 @@ def _limited(case, result=None):
         signal.signal(signal.SIGALRM, before)
 
 
+def _services():
+    """Return how many services run in this process."""
+    return sum(thread.name == 'sweep' for thread in threading.enumerate())
+
+
 def _ended(before):
     """Fail if a service that the test has started goes on.
 
     It would work on in the tests after it: log, start daemons anew in what
     is gone, and, when it finds that it was fenced, end the whole process.
     """
-    left = {
-        thread for thread in threading.enumerate()
-        if thread.name == 'sweep' and thread not in before
-    }
-    for thread in left:
-        thread.join(END_S)
-    assert not any(thread.is_alive() for thread in left), (
-        'a service that this test has started was not stopped'
-    )
+    deadline = time.monotonic() + END_S
+    while (now := _services()) > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert now <= before, 'a service that the test has started goes on'
 
 
 unittest.TestCase.run = _limited
