@@ -198,6 +198,20 @@ class NfsTest(exports.ExporterSuite, NfsCase):
             with self.assertRaises(OSError):
                 session.read(0, 4096)
 
+    def test_server_that_has_forgotten_often_forgets_at_once(self):
+        # Each time counts as a second, so that it is minutes ahead of the
+        # clock: until then it shows what it has forgotten.
+        self.guest.run('bash', '-c', (
+            'for each in {1..300}; do for table in export fh; do '
+            'echo 1 > /proc/net/rpc/nfsd.$table/flush; done; done'
+        ))
+        attachment_id = self.attachment()
+        with self.session(self.export(attachment_id)) as session:
+            session.read(0, 4096)
+            self.exporter.unexport(attachment_id)
+            with self.assertRaises(OSError):
+                session.read(0, 4096)
+
     def test_nothing_of_an_attachment_is_left(self):
         before = self.guest.run('find', POOL, '-name', 'volume-*')
         attachment_id = self.attachment()

@@ -10,6 +10,7 @@ from volume import ids
 from volume import model
 from volume.commands import CommandFailed
 from volume.exports.base import Export
+from volume.exports.nfs import KEPT
 from volume.exports.nfs import NfsExporter
 from volume.exports.nfs import SERVER
 from volume.node import Node
@@ -25,11 +26,13 @@ class ServerNode(Node):
     dies = False  # the tool, when it has written the table
     answers_late = 0  # how often the daemon does, with what was there before
     never_forgets = False
+    is_ahead = False  # of the clock: what is forgotten stays, as a comment
     goes = False  # a client, as it is told to
 
     def __init__(self, state_dir):
         super().__init__(state_dir)
         self.table, self.kernel, self.clients = {}, {}, {}
+        self.forgotten = {}
 
     def list(self, path):
         if path == CLIENTS:
@@ -53,11 +56,12 @@ class ServerNode(Node):
             return b'8'
         if path.startswith(CLIENTS):
             return self.clients[path.split('/')[-2]].encode()
-        if path == f'{SERVER}/exports':
-            return ''.join(
-                f'{directory}\t{client}(rw,sync)\n'
-                for directory, client in self.kernel.items()
-            ).encode()
+        if path == KEPT:
+            return ''.join(['#path domain(flags)\n', *(
+                f'{mark}{directory}\t{client}(rw,sync)\n'
+                for mark, kept in (('', self.kernel), ('# ', self.forgotten))
+                for directory, client in kept.items()
+            )]).encode()
         return super().read(path, bytes_max)
 
     def run(self, *argv, **options):
@@ -85,6 +89,8 @@ class ServerNode(Node):
             if self.dies:
                 self.dies = False
                 raise CommandFailed(['exportfs'], -15, '')
+        if self.is_ahead:
+            self.forgotten.update(self.kernel)
         self.kernel.clear()
         if self.answers_late:
             self.answers_late -= 1
@@ -149,6 +155,12 @@ class Ending(unittest.TestCase):
     def test_an_answer_that_comes_late_is_forgotten_as_well(self):
         self.node.answers_late = 2
         self.exporter.unexport(self.attachment)
+        self.assert_ended()
+
+    def test_what_is_forgotten_and_still_there_as_a_comment_is_forgotten(self):
+        self.node.is_ahead = True
+        self.exporter.unexport(self.attachment)
+        self.assertNotEqual({}, self.node.forgotten)
         self.assert_ended()
 
     def test_a_server_that_does_not_forget_has_not_ended_it(self):

@@ -35,6 +35,7 @@ from volume.node import Op
 LOG = logging.getLogger(__name__)
 
 SERVER = '/proc/fs/nfsd'
+KEPT = '/proc/net/rpc/nfsd.export/content'
 PLACE = '.exports'  # the file driver passes over names with a dot
 PLAIN = re.compile(r'/[A-Za-z0-9/._@+-]+')
 LINE = re.compile(r'(/\S+)\s+(\S+?)\((.*)\)')
@@ -234,14 +235,23 @@ class NfsExporter(Exporter):
         return found
 
     def _is_known(self, directory: str) -> bool:
-        """Say whether the server itself has it, whatever its tools say."""
+        """Say whether the server itself has it, whatever its tools say.
+
+        Each time that it is to forget counts as a second (``write_flush`` of
+        the kernel's net/sunrpc/cache.c), and what it has forgotten stays in
+        its tables until its clock has come so far: as a comment here, and
+        as if nothing had happened in ``exports``.
+        """
         try:
-            said = self.node.read(f'{SERVER}/exports', TABLE_BYTES_MAX)
+            said = self.node.read(KEPT, TABLE_BYTES_MAX)
         except errors.NotFound:
             return False  # there is no server
         # It has the path without links, which may be another.
         end = f'/{PLACE}/{os.path.basename(directory)}\t'
-        return end in said.decode(errors='replace')
+        return any(
+            end in line and not line.startswith('#')
+            for line in said.decode(errors='replace').splitlines()
+        )
 
     # Ours alone: deeds.
 
@@ -259,7 +269,7 @@ class NfsExporter(Exporter):
             self.node.run('exportfs', '-f')
         raise errors.Unknown(
             f'the NFS server still serves {directory}, which is exported no '
-            'more (/proc/fs/nfsd/exports)'
+            f'more ({KEPT})'
         )
 
     def _put(self, directory: str, name: str, path: str) -> None:
