@@ -396,6 +396,7 @@ class BorrowTest(MachineCase):
             late = time.monotonic() + 30
             while not (found := self.descriptors_of_lvm('V_another')):
                 self.assertLess(time.monotonic(), late)
+                time.sleep(0.01)
         thread.join(30)
         self.assertEqual(['0'], [
             number for number, path in found.items() if path == self.lock

@@ -185,6 +185,8 @@ class QueueTest(unittest.TestCase):
         ) as child:
             try:
                 assert child.stdout
+                # Under eventlet it is not.
+                os.set_blocking(child.stdout.fileno(), True)
                 os.read(child.stdout.fileno(), len(wire.MAGIC))
                 self.hear(child)
                 yield child
@@ -237,7 +239,6 @@ class QueueTest(unittest.TestCase):
                 self.assertEqual(
                     {'id': number, 'result': False}, self.hear(child)
                 )
-
 
     def test_who_has_borrowed_a_lock_waits_for_nobody_who_waits_for_it(
         self,

@@ -20,7 +20,6 @@ QUIET_S = 5.0  # of who works, on a machine that is slow to answer
 DEAF = '''
 import os, signal
 from volume.remote import wire
-os.set_blocking(0, True)  # a greenthread's end of it is not
 def say(header):
     os.write(1, b''.join(map(bytes, wire.pack(header))))
 os.write(1, wire.MAGIC)

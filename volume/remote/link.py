@@ -93,6 +93,8 @@ class Link:
         :raises Unavailable: nobody is, or one of another release
         """
         ours, theirs = socket.socketpair()
+        # Under eventlet neither end is; a child expects that its is.
+        os.set_blocking(theirs.fileno(), True)
         self._socket = ours
         # Not a pipe: nobody has to empty it.
         self._errors = os.memfd_create('ssh-stderr', os.MFD_CLOEXEC)
