@@ -12,6 +12,7 @@ import unittest
 from tests import iscsi
 from tests import tgt
 from tests.integration import serving
+from volume import concurrency
 from volume import errors
 from volume import ids
 from volume import model
@@ -145,7 +146,9 @@ class WayTest(Case):
 class SecretsTest(Case):
 
     def test_no_password_stands_in_arguments_logs_or_the_database(self):
-        seen, is_over = set(), threading.Event()
+        # A greenthread that never waits would let nobody else go on.
+        threads = concurrency.native()
+        seen, is_over = set(), threads.Event()
 
         def sample():
             while not is_over.is_set():
@@ -155,7 +158,7 @@ class SecretsTest(Case):
 
         volume_id = self.make()
         passwords = set()
-        sampler = threading.Thread(target=sample)
+        sampler = threads.Thread(target=sample)
         with self.assertLogs(level='DEBUG') as logs:
             sampler.start()
             try:

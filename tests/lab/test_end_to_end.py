@@ -71,7 +71,8 @@ class Core:
             self.assertLessEqual(found.index('failed'), 1)
             self.assertFalse(host.admitted(info))
         finally:
-            reader.communicate(b'\n', timeout=END_S)
+            reader.stdin.close()
+            reader.wait(END_S)
             host.disconnect(info)
 
 
