@@ -246,8 +246,9 @@ class NfsExporter(Exporter):
             said = self.node.read(KEPT, TABLE_BYTES_MAX)
         except errors.NotFound:
             return False  # there is no server
-        # It has the path without links, which may be another.
-        end = f'/{PLACE}/{os.path.basename(directory)}\t'
+        # It has the path without links, which may be another, and says so
+        # behind it when the directory is no more.
+        end = f'/{PLACE}/{os.path.basename(directory)}'
         return any(
             end in line and not line.startswith('#')
             for line in said.decode(errors='replace').splitlines()
