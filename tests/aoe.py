@@ -7,10 +7,13 @@ import shutil
 import socket
 import struct
 import subprocess
+import time
 
 PATH = f'{os.environ.get("PATH", "")}:/usr/sbin:/sbin'
 ETHERNET = 0x88a2
-SHUT_S = 0.02  # until nobody has answered who is not to be heard
+ANSWER_S = 10.0  # until nobody has answered who is to be heard
+SHUT_S = 0.02  # the same of who is not
+AGAIN_S = 1.0  # until it is asked again: a frame may be lost
 IDENTIFY, READ, WRITE = 0xec, 0x24, 0x34
 IS_WRITE, IS_LONG = 0x01, 0x40
 SECTOR = 512
@@ -50,14 +53,14 @@ def _ip(*argv):
 class Session:
     """A host with a MAC address of its choice; there is nothing to open."""
 
-    def __init__(self, interface, mac, fields, answer_s=5.0):
+    def __init__(self, interface, mac, fields, answer_s=ANSWER_S):
         self._mac = bytes.fromhex(mac.replace(':', ''))
         self._head = struct.pack('>HB', fields['shelf'], fields['slot'])
         self._wire = socket.socket(
             socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERNET)
         )
         self._wire.bind((interface, ETHERNET))
-        self._wire.settimeout(answer_s)
+        self._answer_s = answer_s
         self._tag = 0
 
     def read(self, offset_bytes, length_bytes):
@@ -92,20 +95,29 @@ class Session:
             + struct.pack('BBBB', flags, 0, count, command)
             + sector.to_bytes(6, 'little') + b'\0\0' + data
         )
-        self._wire.send(frame.ljust(60, b'\0'))
-        while True:
-            try:
-                answer = self._wire.recv(1 << 16)
-            except TimeoutError:
-                raise Refused('nobody answers') from None
-            is_ours = answer[:6] == self._mac and (
-                answer[16:19] == self._head and answer[20:24] == tag
-            )
-            if is_ours and answer[14] & 0x08:
-                break
+        answer = self._answer(frame.ljust(60, b'\0'), tag)
         if answer[14] & 0x04 or answer[27] & 0x01:
             raise Refused(f'error {answer[15]}, status {answer[27]:#x}')
         return answer[36:]
+
+    def _answer(self, frame, tag):
+        """Send it, again and again as any host does, until it is answered."""
+        late = time.monotonic() + self._answer_s
+        while (left_s := late - time.monotonic()) > 0:
+            self._wire.send(frame)
+            again = time.monotonic() + min(AGAIN_S, left_s)
+            while (left_s := again - time.monotonic()) > 0:
+                self._wire.settimeout(left_s)
+                try:
+                    answer = self._wire.recv(1 << 16)
+                except TimeoutError:
+                    break
+                is_ours = answer[:6] == self._mac and (
+                    answer[16:19] == self._head and answer[20:24] == tag
+                )
+                if is_ours and answer[14] & 0x08:
+                    return answer
+        raise Refused('nobody answers')
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class AoeTest(exports.ExporterSuite, unittest.TestCase):
         )
         return aoe.Session(
             self.interfaces[1], mac, connection.fields,
-            answer_s=5.0 if is_there else aoe.SHUT_S,
+            answer_s=aoe.ANSWER_S if is_there else aoe.SHUT_S,
         )
 
     # What holds for this one beside.

@@ -49,7 +49,7 @@ class AoeTest(repeat_exports.ExporterFaultSuite, unittest.TestCase):
         return model.Device(path, is_block=False)
 
     def read(self, connection):
-        return self.enter(connection, MAC, 5.0)
+        return self.enter(connection, MAC, aoe.ANSWER_S)
 
     def return_to(self, connection):
         return self.enter(connection, MAC, aoe.SHUT_S)
