@@ -288,9 +288,9 @@ class _Cheroot(wsgi.Server):
     """Cheroot, with our log, and a unix socket that is ours alone."""
 
     ConnectionClass = _Connection
-    socket_mode = 0o600
-    request_s = 20.0
-    hear_out_s = 2.0
+    socket_mode: int
+    request_s: float
+    hear_out_s: float
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
