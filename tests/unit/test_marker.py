@@ -76,6 +76,16 @@ class MarkerTest(unittest.TestCase):
             with self.assertRaisesRegex(errors.Invalid, 'no id'):
                 self.look()
 
+    def test_who_asks_again_is_told_the_same(self):
+        os.rmdir(self.directory)
+        self.addCleanup(os.mkdir, self.directory)  # fixtures removes it
+        told = []
+        for _ in range(2):
+            with self.assertRaisesRegex(errors.NotFound, self.path) as refused:
+                marker.keep(self.node, self.directory)
+            told.append(str(refused.exception))
+        self.assertEqual(*told)
+
     def test_every_fault_is_healed_by_the_next_check(self):
         for nth in itertools.count(1):
             fired = False

@@ -85,6 +85,15 @@ def _place(node: Node, path: str, text: str) -> None:
     """Put a small file there, whole and durably, unless one is there."""
     draft = f'{path}.{ids.new()}.new'
     try:
+        _draft(node, draft, text, path)
+    except (errors.Invalid, errors.NotFound) as failed:
+        # Without the draft's name: who asks again is told the same, so that
+        # it is logged once.
+        raise type(failed)(str(failed).replace(draft, path)) from failed
+
+
+def _draft(node: Node, draft: str, text: str, path: str) -> None:
+    try:
         with node.open(draft, 'xb') as file:
             file.write(f'{text}\n'.encode())
             file.sync()
