@@ -233,5 +233,5 @@ class Guest:
         if done.returncode:
             kind = NoPackages if done.returncode == NO_PACKAGES else Failed
             raise kind(
-                f'{name} ended with {done.returncode}: {done.stderr[-2000:]}'
+                f'{name} ended with {done.returncode}: {done.stderr[-6000:]}'
             )

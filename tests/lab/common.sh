@@ -48,8 +48,12 @@ NO_PACKAGES=3                # how `build` ends if there are none to be had
 say() { printf 'lab: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# True when the process recorded in the pid file $1 is still alive.
-alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+# True when the process $1 has not ended. Not every machine has somebody who
+# takes leave of the dead, so one that has may still have its number.
+running() { grep -qs '^State:[[:space:]]*[^ZX[:space:]]' "/proc/$1/status"; }
+
+# True when the process recorded in the pid file $1 has not ended.
+alive() { [ -s "$1" ] && running "$(cat "$1")"; }
 
 # ssh into the running guest. The master connection that `up` opens saves the
 # key exchange on each later call. The guest's key was read out of its image,
@@ -80,35 +84,4 @@ await_guest() {
         [ $SECONDS -lt $deadline ] || { say "no ssh within $LAB_BOOT_TIMEOUT s"; return 1; }
         sleep 0.3
     done
-}
-
-# Commands of QEMU's monitor (QMP), each answered before the next; a word that
-# is no JSON is the name of an event, which is waited for.
-monitor() {
-    python3 - "$STATE_DIR/qmp.sock" "$@" <<'PYTHON'
-import json
-import socket
-import sys
-
-path, *commands = sys.argv[1:]
-with socket.socket(socket.AF_UNIX) as link:
-    link.settimeout(30)
-    link.connect(path)
-    words = link.makefile('rw')
-    words.readline()
-    heard = set()
-
-    def listen(is_done):
-        while not is_done(answer := json.loads(words.readline())):
-            if 'error' in answer:
-                sys.exit(f'{path}: {answer["error"]}')
-            heard.add(answer.get('event'))
-
-    for command in '{"execute": "qmp_capabilities"}', *commands:
-        if command.startswith('{'):
-            print(command, file=words, flush=True)
-            listen(lambda answer: 'return' in answer)
-        elif command not in heard:
-            listen(lambda answer: answer.get('event') == command)
-PYTHON
 }
