@@ -156,13 +156,16 @@ def parse(
 def check_files(target: Target) -> None:
     """Refuse files that are missing before ssh says so in its own way.
 
-    :raises Invalid: the key or the file of known hosts cannot be read
+    What is being done waits for them, as for a node that is away: they may
+    be missing just while somebody renews them.
+
+    :raises Unavailable: the key or the file of known hosts cannot be read
     """
     for what, path in (
         ('key', target.key_file), ('known hosts', target.known_hosts_file),
     ):
         if not os.access(path, os.R_OK):
-            raise errors.Invalid(
+            raise errors.Unavailable(
                 f'{target.address}: the file of its {what}, {path}, cannot '
                 'be read by the user of this service'
             )
