@@ -45,6 +45,8 @@ class Backend:
     pools: dict[str, model.Pool] = dataclasses.field(default_factory=dict)
     node: Node | None = None
     """Where the storage is; None is the machine of this service, too."""
+    hindrance: str = ''
+    """What the rows say against it; see ``report.hinder``."""
     _checking: threading.Lock = dataclasses.field(
         default_factory=threading.Lock
     )
@@ -72,6 +74,8 @@ class Backend:
                 if self.exporter is not None:
                     self.exporter.check()
                 self.refresh()
+            if self.hindrance:
+                raise errors.Invalid(self.hindrance)
         except errors.VolumeError as failed:
             if self.reason != str(failed):
                 LOG.error('backend %s is down: %s', self.name, failed)

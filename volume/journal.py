@@ -463,6 +463,14 @@ def _handle(job: Job, failed: errors.VolumeError) -> bool:
     return True
 
 
+def failed_step(job: Job) -> int | None:
+    """Return the step that has failed; none if the job has not."""
+    if job.row.direction == 'do':
+        return job.row.step
+    step: int | None = job.args.get('failed_step')
+    return step
+
+
 def _end(job: Job, session: Session, state: str, **values: Any) -> None:
     now = job.db.clock()
     job.fenced(

@@ -69,6 +69,7 @@ def refresh(
     One that hangs is reported as it was, and keeps the others from nothing.
     """
     listed = list(backends)
+    core.db.read(lambda s: report.hinder(s, listed))
     check_all(listed, wait_s)
     now = core.db.clock()
     down_s = core.settings.service_down_s
@@ -423,9 +424,13 @@ def _open_restore(
         session, core, SYSTEM, 'restore', job_id, backend,
         volume_id=volumes[0].id if len(volumes) == 1 else None,
         exclusive=[f'volume-{volume_id}' for volume_id in taken],
-        args={'attachments': [
-            [row.id, row.connector, row.mode, row.volume_id] for row in still
-        ]},
+        args={
+            'attachments': [
+                [row.id, row.connector, row.mode, row.volume_id]
+                for row in still
+            ],
+            'exporters': {row.id: row.exporter for row in still},
+        },
         node=core.owner_host,
     )
     # We come again by ourselves; meanwhile the volumes are free for others.

@@ -67,14 +67,18 @@ FILTERS = (
     ('of another cluster', lambda pool, wish:
         pool.cluster in ('', wish.cluster)),
     ('for smaller volumes only', lambda pool, wish:
-        wish.size_bytes <= pool.max_volume_bytes),
+        claim_bytes(pool, wish) <= pool.max_volume_bytes),
     ('without room for it', lambda pool, wish:
         claim_bytes(pool, wish) <= pool.unclaimed_bytes),
 )
 
 
 def claim_bytes(pool: Candidate, wish: Wish) -> int:
-    """Return what the volume claims: its size, in the pool's granules."""
+    """Return what the volume will have: what is wished, in whole granules.
+
+    The pool makes no other, and a host that attaches it sees all of it; so
+    this is the size of the volume from then on, also for those who copy it.
+    """
     granule = pool.granularity_bytes
     return -(-wish.size_bytes // granule) * granule
 

@@ -8,14 +8,17 @@ pools, and the others leave them alone for as long as that one does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from sqlalchemy import func
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from volume import model
 from volume.backends import Backend
 from volume.db import models
+from volume.drivers import base
 
 
 def report(
@@ -54,6 +57,33 @@ def report(
         _pools(session, backend, machine or host, now)
     _retire(session, {backend.name for backend in backends}, host, others)
     _devices(session)
+
+
+def hinder(session: Session, backends: Iterable[Backend]) -> None:
+    """Note what keeps backends down whatever their storage says.
+
+    Hosts that another exporter let in: this one would not find their access
+    when it ends, and would call it ended.
+    """
+    table = models.Attachment
+    for backend in backends:
+        backend.hindrance = ''
+        now = str(getattr(backend.conf, 'exporter', '') or '')
+        found = session.execute(
+            select(table.exporter, func.count())
+            .where(
+                table.backend == backend.name, table.is_connected.is_(True),
+                table.exporter.not_in(('', now)),
+            )
+            .group_by(table.exporter).order_by(table.exporter)
+        ).all()
+        if found and not isinstance(backend.driver, base.NativeAccess):
+            held = ', '.join(f'{count} by {name}' for name, count in found)
+            backend.hindrance = (
+                f'attachments were made by another exporter ({held}), which '
+                f'{now} cannot end: set exporter = {found[0][0]} again, end '
+                'them, and change it then'
+            )
 
 
 def _up_elsewhere(

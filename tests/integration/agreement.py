@@ -49,15 +49,23 @@ def disagreements(service: Service) -> list[str]:
             wrong.append(f'{device.name}: {device.claimed_bytes}')
     for backend in service.runner.backends.values():
         stored = {
-            found.id for pool in backend.pools
+            found.id: found.size_bytes for pool in backend.pools
             for found in backend.need().scan(pool) if found.id
         }
         held = {
             row.id for row in live
             if row.backend == backend.name and row.status != 'error'
         }
-        if stored != held:
-            wrong.append(f'{backend.name}: {stored ^ held} on one side only')
+        if stored.keys() != held:
+            wrong.append(
+                f'{backend.name}: {stored.keys() ^ held} on one side only')
+        # A host sees all that is stored, and copies have all of the row's.
+        wrong += [
+            f'{row.id} has {row.size_bytes} bytes, stored {stored[row.id]}'
+            for row in live if isinstance(row, models.Volume)
+            and row.id in held & stored.keys()
+            and row.size_bytes != stored[row.id]
+        ]
         connected = {
             row.id for row in every(models.Attachment)
             if row.is_connected and row.backend == backend.name

@@ -75,13 +75,13 @@ class World:
                    else 'capacity_gib = 8\n')
                 + f'{sections}\n'
             )
-        self._path = path
+        self.path = path
         self.start()
         test.addCleanup(self.stop)
 
     def start(self) -> None:
         """Serve, as the configuration is now, with all doors open."""
-        self.service = service.Service(options.load([], [self._path]))
+        self.service = service.Service(options.load([], [self.path]))
         # Nothing periodic would report a backend that is slow at first.
         self.service.check_wait_s = 60.0
         self.service.start()

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import unittest
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import delete
@@ -79,23 +80,93 @@ class InPlace(FileDriver):
             writer.commit()
 
 
+def world_of(test: unittest.TestCase, kind: Any) -> tuple[World, Any]:
+    """Return a world with such a driver, which has been looked at."""
+    world = World(test, '\n'.join((
+        'driver = file', 'exporter = local',
+        f'directories = {fixtures.directory(test)}',
+    )))
+    backend = world.backends['b']
+    driver = backend.driver = kind(backend.conf, world.node)
+    periodic.refresh(world.core, [backend], HOST)
+    return world, driver
+
+
+def old_and_new(world: World) -> tuple[str, str]:
+    """Make a volume with new bytes, and a snapshot of its old ones."""
+    volume_id = volumes.create(
+        world.core, CALLER, volumes.NewVolume(size_bytes=SIZE)).id
+    world.write(volume_id, 0, OLD)
+    snapshot_id = snapshots.create(
+        world.core, CALLER, snapshots.NewSnapshot(volume_id)).id
+    world.write(volume_id, 0, NEW)
+    return volume_id, snapshot_id
+
+
+class Copied(InPlace):
+    """Has its bytes copied back; its snapshots may lack room for that."""
+
+    full: errors.VolumeError | None = None
+
+    def pools(self) -> list[model.Pool]:
+        return [dataclasses.replace(
+            pool, features=pool.features - {'Revert'},
+        ) for pool in super().pools()]
+
+    def before_overwrite(self, volume: model.Volume) -> None:
+        if self.full:
+            raise self.full
+
+    def blocknode(
+        self, source: model.Volume | model.Snapshot
+    ) -> Mapping[str, Any]:
+        if isinstance(source, model.Volume):
+            return super().blocknode(source)
+        if self.midway:
+            raise self.midway
+        path = os.path.join(self.node.state_dir, source.id)
+        with open(path, 'wb') as f:
+            f.write(self.kept[source.id])
+        return {
+            'driver': 'raw', 'file': {'driver': 'file', 'filename': path}}
+
+
+class CopiedBackTest(unittest.TestCase):
+    """Where the storage cannot do it by itself."""
+
+    def setUp(self) -> None:
+        self.world, self.driver = world_of(self, Copied)
+        self.v, self.s = old_and_new(self.world)
+
+    def revert(self) -> tuple[str, str]:
+        volumes.revert(self.world.core, CALLER, self.v, self.s)
+        self.world.recover()
+        self.assertEqual([], self.world.open_jobs())
+        row = self.world.live(models.Volume)[self.v]
+        content = self.world.content(self.world.noun(self.v))
+        return str(row.status), {OLD: 'old', NEW: 'new'}.get(content, '?')
+
+    def test_volume_gets_its_bytes_back(self) -> None:
+        self.assertEqual(('available', 'old'), self.revert())
+
+    def test_without_room_for_its_snapshots_it_stays_as_it_is(self) -> None:
+        self.driver.full = errors.NoSpace('what they keep has no room')
+        self.assertEqual(('available', 'new'), self.revert())
+        self.driver.full = None
+        self.assertEqual(('available', 'old'), self.revert())
+
+    def test_without_room_a_mixture_stays_a_mixture(self) -> None:
+        self.driver.midway = errors.NoSpace('the pool is full')
+        self.assertEqual('error_reverting', self.revert()[0])
+        self.driver.full = errors.NoSpace('what they keep has no room')
+        self.assertEqual('error_reverting', self.revert()[0])
+
+
 class RevertTest(unittest.TestCase):
 
     def setUp(self) -> None:
-        self.world = World(self, '\n'.join((
-            'driver = file', 'exporter = local',
-            f'directories = {fixtures.directory(self)}',
-        )))
-        backend = self.world.backends['b']
-        self.driver = backend.driver = InPlace(backend.conf, self.world.node)
-        core = self.world.core
-        periodic.refresh(core, [backend], HOST)
-        self.v = volumes.create(
-            core, CALLER, volumes.NewVolume(size_bytes=SIZE)).id
-        self.world.write(self.v, 0, OLD)
-        self.s = snapshots.create(
-            core, CALLER, snapshots.NewSnapshot(self.v)).id
-        self.world.write(self.v, 0, NEW)
+        self.world, self.driver = world_of(self, InPlace)
+        self.v, self.s = old_and_new(self.world)
 
     def revert(self) -> str:
         """Ask for it; return what becomes of the volume."""

@@ -154,6 +154,28 @@ class ThinTest(Common, test_lvm_store.Case):
         self.assertNotIn(left, self.world.lvs)
         self.assert_seed(volume, 1)
 
+    def test_what_a_revert_calls_so_meanwhile_is_not_removed(self):
+        volume, old = self.volume(seed=1), self.volume(seed=2)
+        name, left = f'volume-{volume.id}', f'deleted-{volume.id}'
+        self.lvm('lvrename', lvm.GROUP, f'volume-{old.id}', left)
+        self.lvm('lvchange', '--addtag', f'volume:{volume.id}',
+                 f'{lvm.GROUP}/{left}')
+        borrow = self.node.borrow
+
+        def late(path, wait_s):
+            # A revert had its turn before: that one is gone, and what the
+            # volume was has its name.
+            self.node.borrow = borrow
+            self.lvm('lvremove', f'{lvm.GROUP}/{left}')
+            self.lvm('lvrename', lvm.GROUP, name, left)
+            return borrow(path, wait_s)
+
+        self.node.borrow = late
+        self.driver.upkeep(lvm.GROUP)
+        self.assertEqual(borrow, self.node.borrow)
+        self.lvm('lvrename', lvm.GROUP, left, name)
+        self.assert_seed(volume, 1)
+
 
 class ThickTest(Common, test_lvm_store.Case):
 

@@ -275,6 +275,17 @@ class ThickTest(Case):
         self.lvm('lvrename', lvm.GROUP, f'deleted-{volume.id}', name)
         self.assert_seed(volume, 1)
 
+    def test_extension_that_was_killed_is_not_in_its_own_way(self):
+        volume, free = self.volume(seed=1), len(self.world.free)
+        self.lvm(
+            'lvcreate', '-n', f'tail-{volume.id}', '-l', str(free),
+            '--addtag', f'volume:{volume.id}', '-ky', '-K', lvm.GROUP,
+        )
+        size_bytes = SIZE + free * lvm.EXTENT
+        self.driver.resize(volume, size_bytes)
+        self.assertEqual(
+            size_bytes, self.driver.inspect(volume).size_bytes)
+
     def test_extents_that_were_zeroed_are_not_discarded_on_the_way(self):
         self.world.discards = True
         volume = self.volume(seed=1)

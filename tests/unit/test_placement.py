@@ -110,3 +110,8 @@ class Choose(unittest.TestCase):
         self.assertEqual(8192, claim_bytes(coarse, Wish(size_bytes=4608)))
         self.assertEqual('a', self.chosen([coarse], size_bytes=4608))
         self.assertIn('room', self.refusal([coarse], size_bytes=8704))
+
+    def test_nor_is_a_limit_passed_by_rounding_up(self):
+        coarse = pool(granularity_bytes=4096, max_volume_bytes=10000)
+        self.assertEqual('a', self.chosen([coarse], size_bytes=8192))
+        self.assertIn('smaller', self.refusal([coarse], size_bytes=8704))

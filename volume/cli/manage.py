@@ -134,6 +134,7 @@ def reconcile_command(args: Args) -> int:
     conf = _conf(args)
     db = _ready(conf)
     table = _load(conf, only_looks=True)
+    db.read(lambda session: report.hinder(session, table.values()))
     for backend in table.values():
         backend.check()
     with contextlib.ExitStack() as stack:

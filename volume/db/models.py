@@ -131,8 +131,10 @@ class Attachment(Base):
     Status: ``reserved`` (no connector yet), ``attaching`` (a connection is
     being made, or was given), ``attached``, ``detaching``. While it is
     connected, ``node`` is the service whose node has the volume open; empty
-    if the storage itself lets the host in. ``credentials`` are sealed: what
-    the exporter was given, and what the host is told.
+    if the storage itself lets the host in. ``exporter`` is what the backend
+    had then, and alone can end it; empty if an earlier release made it.
+    ``credentials`` are sealed: what the exporter was given, and what the
+    host is told.
     """
 
     __tablename__ = 'attachments'
@@ -158,6 +160,9 @@ class Attachment(Base):
     mode: Mapped[str] = mapped_column(String(2), default='rw')
     node: Mapped[str] = mapped_column(
         String(255), default='', server_default=''
+    )
+    exporter: Mapped[str] = mapped_column(
+        String(64), default='', server_default=''
     )
     credentials: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[float]

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from volume.db.engine import Database
 
-REVISION = '0003'
+REVISION = '0004'
 TABLE = 'alembic_version'
 
 

@@ -231,6 +231,16 @@ class Snapshots(abc.ABC):
         volume stay whole.
         """
 
+    def before_overwrite(self, volume: model.Volume) -> None:
+        """Have room for what snapshots keep when all of a volume changes.
+
+        Called before its bytes are copied back from one of them, which no
+        driver with ``Revert`` needs; nor does one whose snapshots take room
+        from the whole pool, as here.
+
+        :raises NoSpace: there is none; nothing has changed
+        """
+
 
 class Clone(abc.ABC):
     """A volume can start with another's bytes.

@@ -12,7 +12,6 @@ leads to: numbers of devices are given anew when the machine starts.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -128,27 +127,23 @@ class LocalExporter(Exporter):
 
         :raises Busy: one has
         """
-        if self.node.is_block(path):
-            # A mount, or another device over it, is no process.
-            if users := self.node.users(path):
-                raise errors.Busy(
-                    f'{path} is in use ({", ".join(users):.300}): end that '
-                    'first, a path cannot be taken away from it'
-                )
-            return
-        name = os.path.basename(path)
-        target = self.node.blocking(lambda: os.path.realpath(path))
-        pid = self.node.act(f'probe {name}', lambda: (
-            self.node.blocking(lambda: _opener(target))
-        ))
+        # A mount, or another device over it, is no process.
+        users = [
+            each for each in self.node.users(path)
+            if not each.endswith(f'(pid {os.getpid()})')
+        ]
         # Of another user's process only QEMU's locks can be seen.
-        if pid is None and not self.node.is_open_in_qemu(target):
-            return
-        who = 'a process of QEMU' if pid is None else f'process {pid}'
-        raise errors.Busy(
-            f'{path} is open in {who}: end that first, a path cannot be '
-            'taken away from it'
-        )
+        if not users and not self.node.is_block(path) and (
+            self.node.is_open_in_qemu(self.node.blocking(
+                lambda: os.path.realpath(path)
+            ))
+        ):
+            users = ['a process of QEMU']
+        if users:
+            raise errors.Busy(
+                f'{path} is in use ({", ".join(users):.300}): end that '
+                'first, a path cannot be taken away from it'
+            )
 
     def _record(self, attachment_id: str) -> Mapping[str, object] | None:
         try:
@@ -208,16 +203,3 @@ def _filename(source: Mapping[str, Any]) -> str:
     while 'filename' not in at:
         at = at['file']
     return str(at['filename'])
-
-
-def _opener(target: str) -> int | None:
-    """Return a process that has a file open, of those we may look into."""
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        if int(pid) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            for fd in os.listdir(f'/proc/{pid}/fd'):
-                with contextlib.suppress(OSError):
-                    if os.readlink(f'/proc/{pid}/fd/{fd}') == target:
-                        return int(pid)
-    return None

@@ -39,6 +39,11 @@ def export(job: Job) -> Effect:
     attachment_id = job.args['attachment_id']
     connector: Mapping[str, Any] = job.args['connector']
     mode = job.args['mode']
+    _need_own(job, attachment_id)
+    if job.backend.hindrance:
+        raise errors.Conflict(
+            f'backend {job.backend.name} is down: {job.backend.hindrance}'
+        )
     secrets = _make_secrets(job)
     connection = _export(job, connector, mode, secrets)
     info = _info(connection, job.volume_row(), attachment_id, mode)
@@ -48,7 +53,7 @@ def export(job: Job) -> Effect:
     # In memory alone: what is stored below never has them.
     job.answer['secrets'] = dict(connection.secrets)
     row, node = job.volume_row(), _node(job)
-    table = models.Attachment
+    table, exporter = models.Attachment, job.backend.conf.exporter
 
     def effect(session: Session) -> None:
         if job.args['is_new']:
@@ -58,7 +63,7 @@ def export(job: Job) -> Effect:
                 status='attaching', host=connector['host'],
                 connector=dict(connector), connection=info, node=node,
                 is_connected=True, mode=mode, credentials=sealed,
-                created_at=job.db.clock(),
+                exporter=exporter, created_at=job.db.clock(),
             ))
             return
         session.execute(
@@ -66,7 +71,7 @@ def export(job: Job) -> Effect:
             .values(
                 host=connector['host'], connector=dict(connector),
                 connection=info, is_connected=True, mode=mode, node=node,
-                credentials=sealed,
+                credentials=sealed, exporter=exporter,
             )
             .execution_options(synchronize_session=False)
         )
@@ -129,6 +134,9 @@ def _half_attached(job: Job, error: errors.VolumeError) -> Effect:
         made.status = 'error_attaching'
         made.host, made.connector = connector['host'], dict(connector)
         made.connection, made.is_connected, made.node = {}, True, node
+        made.exporter = (
+            _made_by(job, attachment_id) or job.backend.conf.exporter
+        )
         session.flush()
         volume(session)
 
@@ -150,7 +158,10 @@ def disconnect(job: Job) -> Effect:
         if keep:
             session.execute(
                 sql_update(table).where(table.id.in_(keep))
-                .values(connection={}, is_connected=False, credentials=None)
+                .values(
+                    connection={}, is_connected=False, credentials=None,
+                    exporter='',
+                )
                 .execution_options(synchronize_session=False)
             )
         if remove:
@@ -265,6 +276,7 @@ def _export_many(
             host, access = checks.host_of(connector), model.Access(mode)
             volume = job.volume(volume_id)
             try:
+                _need_own(job, attachment_id)
                 if volume.pool in troubles:
                     raise troubles[volume.pool]
                 secrets = known.get(attachment_id, {})
@@ -310,6 +322,7 @@ def grow(job: Job, size_bytes: int) -> None:
             secrets = known.get(row.id, {})
             if isinstance(secrets, errors.VolumeError):
                 raise secrets
+            _refuse_strange(job, row.id, row.exporter)
             access = model.Access(row.mode)
             exporter.grow(Export(
                 row.id, volume.id,
@@ -446,7 +459,34 @@ def _unexport(
             if host.name not in _hosts_left(job, attachment_id):
                 driver.revoke(job.volume(), host)
         else:
+            _need_own(job, attachment_id)
             _exporter(job).unexport(attachment_id)
+
+
+def _need_own(job: Job, attachment_id: str) -> None:
+    """Refuse to end, or to renew, what another exporter has made.
+
+    This one would not find it, and call that its end.
+
+    :raises Conflict: another exporter has made it
+    """
+    _refuse_strange(job, attachment_id, _made_by(job, attachment_id))
+
+
+def _made_by(job: Job, attachment_id: str) -> str:
+    return str(job.args.get('exporters', {}).get(attachment_id, ''))
+
+
+def _refuse_strange(job: Job, attachment_id: str, made_by: str) -> None:
+    now = job.backend.conf.exporter
+    if made_by not in ('', now) and not isinstance(
+        job.backend.need(), base.NativeAccess
+    ):
+        raise errors.Conflict(
+            f'attachment {attachment_id} was made by exporter {made_by}, and '
+            f'backend {job.backend.name} has {now} now, which cannot end it: '
+            f'set exporter = {made_by} again, and reload the service'
+        )
 
 
 def _hosts_left(job: Job, *ending: str) -> set[str]:

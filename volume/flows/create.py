@@ -145,9 +145,7 @@ def _failed(job: Job, error: errors.VolumeError) -> Effect:
     row = job.volume_row()
     # Where nothing of ours was ever stored, deleting the row must not touch
     # the storage: what has the name there is somebody else's.
-    is_untouched = job.args.get('failed_step') == 0 or (
-        job.row.direction == 'do' and job.row.step == 0
-    )
+    is_untouched = journal.failed_step(job) == 0
     if not job.undone and not is_untouched:
         return rows.volume(job, status='error', reason=str(error))
     place = {'backend': '', 'pool': ''} if is_untouched else {}
@@ -197,6 +195,7 @@ def _again(job: Job, error: errors.VolumeError, session: Session) -> bool:
     rows.change(
         job, session, models.Volume, row.id, status='creating', handle='',
         backend=chosen.backend, pool=chosen.name, claimed_bytes=size_bytes,
+        size_bytes=size_bytes,
     )
     job.row.backend = chosen.backend
     job.row.args = {**job.args, 'tried': tried}

@@ -62,6 +62,12 @@ def _not_extended(job: Job, error: errors.VolumeError) -> Effect:
     return effect
 
 
+def before_revert(job: Job) -> None:
+    """Refuse, or fail, before a byte is written."""
+    if not job.args['native']:
+        job.backend.call('before_overwrite', job.volume())
+
+
 def revert(job: Job) -> Effect:
     snapshot = job.snapshot()
     handle = job.volume_row().handle
@@ -82,10 +88,13 @@ def _not_reverted(job: Job, error: errors.VolumeError) -> Effect:
 
     A copy that failed leaves one, and a native revert may. So a volume is
     not to be used before it is reverted, unless the storage says that it is
-    whole; what was a mixture before a revert that never began stays one.
+    whole. What was a mixture before a revert that never began stays one,
+    and what was none stays whole.
     """
     status = 'error_reverting'
-    if job.args['native']:
+    if journal.failed_step(job) == 0:
+        status = job.args.get('status', 'available')
+    elif job.args['native']:
         with contextlib.suppress(errors.VolumeError):
             found = job.backend.call('inspect', job.volume())
             if not found.is_torn:
@@ -112,7 +121,10 @@ def _not_flattened(job: Job, error: errors.VolumeError) -> Effect:
 
 
 EXTEND = journal.Flow('extend', (journal.Step(resize),), failed=_not_extended)
-REVERT = journal.Flow('revert', (journal.Step(revert),), failed=_not_reverted)
+REVERT = journal.Flow(
+    'revert', (journal.Step(before_revert), journal.Step(revert)),
+    failed=_not_reverted,
+)
 FLATTEN = journal.Flow(
     'flatten', (journal.Step(flatten),), failed=_not_flattened
 )

@@ -53,7 +53,7 @@ def users(path: str, known: Sequence[int] = ()) -> list[str]:
     named = [
         *_processes(devices, None, {found.st_ino, *_inodes(devices)}),
         *_mounts(devices), *_swaps(devices),
-        *_holders(devices),
+        *_holders(devices), *_loops_over(devices),
     ]
     # Asked last, and only said if nobody else could be named.
     if not named and _is_claimed(path):
@@ -157,11 +157,31 @@ def _holders(devices: set[int]) -> Iterator[str]:
 
 
 def _loops(path: str) -> Iterator[str]:
-    for name in _names('/sys/block'):
-        if name.startswith('loop') and _text(
-            f'/sys/block/{name}/loop/backing_file'
-        ) == path:
+    for name, backing in _backing_files():
+        if backing == path:
             yield f'device {name}'
+
+
+def _loops_over(devices: set[int]) -> Iterator[str]:
+    """Yield loop devices over any of these; they hold it as no other does.
+
+    The kernel has no descriptor, no holder and no claim of it.
+    """
+    for name, backing in _backing_files():
+        # No other file is looked at: its server may be dead.
+        if backing.startswith('/dev/'):
+            with contextlib.suppress(OSError):
+                found = os.stat(backing)
+                if stat.S_ISBLK(found.st_mode) and found.st_rdev in devices:
+                    yield f'device {name}'
+
+
+def _backing_files() -> Iterator[tuple[str, str]]:
+    for name in _names('/sys/block'):
+        if name.startswith('loop'):
+            backing = _text(f'/sys/block/{name}/loop/backing_file')
+            if backing:
+                yield name, backing
 
 
 def _is_claimed(path: str) -> bool:

@@ -147,6 +147,7 @@ def connect(
                 'connector': properties,
                 'mode': way,
                 'was': row.status,
+                'exporters': {mine.id: mine.exporter} if mine else {},
             },
             node=rows.home_of(there),
         )
@@ -155,9 +156,7 @@ def connect(
     job, row, mine = core.when_free(lambda: core.db.write(accept))
     if job is None:
         assert mine is not None
-        return credentials.told(
-            mine.connection, credentials.of(core, mine)
-        )
+        return credentials.told(mine.connection, credentials.of(core, mine))
     core.hint(job, row, mine)
     ended = _wait(core, job)
     answer = _answer(core, job, ended)
@@ -569,6 +568,7 @@ def _open_detach(
                 for each in ending
             ],
             'remove': remove,
+            'exporters': {each.id: each.exporter for each in ending},
         },
         node=rows.home_of(ending),
     )

@@ -102,6 +102,12 @@ def connector(value: object) -> dict[str, Any]:
     if not isinstance(host, str) or not host:
         raise errors.Invalid('the connector names no host')
     text(host, 'the connector\'s host')
+    for key in 'ip', 'initiator', 'nqn':
+        if not isinstance(value.get(key), str | None):
+            raise errors.Invalid(
+                f'the connector\'s {key} is {value[key]!r:.80}, which is no '
+                'text: give one, or none'
+            )
     return dict(value)
 
 

@@ -74,7 +74,8 @@ def create(
             session.add(row)
             return row, None
         row.backend, row.pool = chosen.backend, chosen.name
-        row.claimed_bytes = placement.claim_bytes(chosen, wish)
+        row.size_bytes = placement.claim_bytes(chosen, wish)
+        row.claimed_bytes = row.size_bytes
         shared = []
         if source:
             if isinstance(source, models.Volume):
@@ -225,10 +226,11 @@ def extend(
             each for each in claims.candidates(session)
             if (each.backend, each.name) == (row.backend, row.pool)
         ]
-        more_bytes = placement.claim_bytes(found[0], wish) - row.claimed_bytes
-        if size_bytes > pool.max_volume_bytes:
+        whole_bytes = placement.claim_bytes(found[0], wish)
+        more_bytes = whole_bytes - row.claimed_bytes
+        if whole_bytes > pool.max_volume_bytes:
             raise errors.Invalid(
-                f'size {sizes.exact(size_bytes)} is over the pool\'s limit '
+                f'size {sizes.exact(whole_bytes)} is over the pool\'s limit '
                 f'of {sizes.exact(pool.max_volume_bytes)}; ask for less, or '
                 'make a larger volume in another pool and copy it there'
             )
@@ -253,7 +255,7 @@ def extend(
         return rows.open_job(
             session, core, caller, 'extend', job_id, row.backend,
             volume_id=row.id, exclusive=[f'volume-{row.id}'],
-            args={'size_bytes': size_bytes, 'claim_bytes': more_bytes},
+            args={'size_bytes': whole_bytes, 'claim_bytes': more_bytes},
             node=rows.home(session, row),
         ), row
 

@@ -155,6 +155,9 @@ class LvmDriver(
     def delete_snapshot(self, snapshot: model.Snapshot) -> None:
         self._of(snapshot).delete_snapshot(snapshot)
 
+    def before_overwrite(self, volume: model.Volume) -> None:
+        self._store(volume.pool).before_overwrite(volume)
+
     # Upkeep.
 
     def upkeep(self, pool: str) -> bool:

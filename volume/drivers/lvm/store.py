@@ -66,6 +66,9 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def delete_snapshot(self, snapshot: model.Snapshot) -> None: ...
 
+    def before_overwrite(self, volume: model.Volume) -> None:
+        """Have room for what snapshots keep when all of a volume changes."""
+
     @abc.abstractmethod
     def resize(self, volume: model.Volume, size_bytes: int) -> None: ...
 

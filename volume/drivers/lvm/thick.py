@@ -25,8 +25,8 @@ from volume.drivers.lvm.groups import Group
 from volume.drivers.lvm.report import Lv
 from volume.drivers.lvm.report import Vg
 
+COW_CHUNK_BYTES = 4096  # LVM's own choice, if nobody says another
 COW_CHUNKS = 256  # exceptions of a snapshot that one chunk of tables holds
-COW_HEADER_BYTES = 1 << 16
 PLAIN = ('linear', 'striped', 'mirror')
 # Health of a mirror where zeros would not come to one of its sides.
 BEHIND = ('partial', 'refresh needed')
@@ -208,6 +208,7 @@ class Thick(store.Store):
             )
         if (left := vg.ours('tail', volume.id)) is not None:
             self.group.remove(left.name)
+            vg = self.group.about(volume.id)  # what it took is free now
         if wanted == lv.size_bytes:
             return
         if lv.layout != {'linear'}:
@@ -263,9 +264,8 @@ class Thick(store.Store):
         self.refuse_taken(vg, name)
         if self._end_left(vg, snapshot.id):
             vg = self.group.about(snapshot.volume.id, snapshot.id)
-        kept = lv.size_bytes * self.settings.snapshot_percent // 100
-        kept += kept // COW_CHUNKS + COW_HEADER_BYTES
-        count = -(-kept // vg.extent_bytes)
+        count = _area_extents(
+            vg, lv.size_bytes * self.settings.snapshot_percent // 100)
         self._refuse_full(vg, count, f'snapshot {snapshot.id}')
         # LVM writes down a plain volume of whatever lies there, then that
         # it is a snapshot, and then has the kernel know: it has its name
@@ -279,6 +279,32 @@ class Thick(store.Store):
         )
         self.group.change('lvrename', vg.name, draft, name)
         return name
+
+    def before_overwrite(self, volume: model.Volume) -> None:
+        """Let all snapshots keep all that the volume holds.
+
+        One that runs full is lost, and a volume that is reverted to it is
+        read from it while it is overwritten.
+        """
+        vg = self.group.about(volume.id)
+        lv = self.need(vg, volume)
+        count = _area_extents(vg, lv.size_bytes)
+        small = {
+            each.name: count - each.stored_bytes // vg.extent_bytes
+            for each in vg.lvs
+            if each.role == 'snap' and each.origin == lv.name
+            and not each.is_invalid
+            and each.stored_bytes < count * vg.extent_bytes
+        }
+        if small:
+            self._refuse_full(
+                vg, sum(small.values()), 'to keep what the snapshots of '
+                f'volume {volume.id} hold while all of it changes',
+            )
+        for name, more in small.items():
+            self.group.change(
+                'lvextend', '-l', f'+{more}', f'{vg.name}/{name}'
+            )
 
     def need(self, vg: Vg, thing: store.Thing) -> Lv:
         lv = super().need(vg, thing)
@@ -397,3 +423,15 @@ class Thick(store.Store):
                 'it: somebody else is at it'
             )
         return found[0]
+
+
+def _area_extents(vg: Vg, size_bytes: int) -> int:
+    """Return what the area takes that can keep so much of an origin.
+
+    A chunk is its header, and of the tables the next one is always there.
+    For the whole origin LVM has the same limit (``_cow_max_size`` of its
+    lib/metadata/snapshot_manip.c), and would give no extent more.
+    """
+    chunks = -(-size_bytes // COW_CHUNK_BYTES)
+    tables = -(-chunks // COW_CHUNKS)
+    return -(-(chunks + tables + 2) * COW_CHUNK_BYTES // vg.extent_bytes)

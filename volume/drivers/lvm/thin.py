@@ -230,8 +230,7 @@ class Thin(store.Store):
             except errors.VolumeError as failed:
                 failures.append(failed)
         is_more |= store.do_one(
-            filter(self._is_left, vg.lvs),
-            lambda lv: self.group.remove(lv.name), failures,
+            filter(self._is_left, vg.lvs), self._remove_left, failures,
         )
         if failures:
             raise failures[0]
@@ -242,6 +241,17 @@ class Thin(store.Store):
             return False
         # Beside one that is coming, it is part of a revert.
         return self.group.about(lv.id).ours('reverted', lv.id) is None
+
+    def _remove_left(self, lv: Lv) -> None:
+        """Remove it, and nothing that a revert calls so meanwhile."""
+        with self.group.alone() as group:
+            vg = group.about(lv.id)
+            now = vg.ours('deleted', lv.id)
+            if (
+                now is not None and now.uuid == lv.uuid
+                and vg.ours('reverted', lv.id) is None
+            ):
+                group.remove(now.name)
 
     def _wake(self, vg: Vg, lv: Lv) -> None:
         """Let the pool go on if a command has left it suspended.
