@@ -520,7 +520,8 @@ class LocalExporterTest(Claims, ExportsCase):
                 for path in top, *(os.path.join(top, n) for n in names):
                     os.chown(path, NOBODY, NOBODY)
             with opened(self.path, *flag), self.subTest(access):
-                self.assertRegex(self.unexport_as_nobody(own_id), 'Busy.*in use')
+                self.assertRegex(
+                    self.unexport_as_nobody(own_id), 'Busy.*in use')
                 self.assertEqual({own_id}, self.exporter().exported())
             self.assertEqual('', self.unexport_as_nobody(own_id))
             self.assertEqual(set(), self.exporter().exported())

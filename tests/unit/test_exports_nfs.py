@@ -13,6 +13,7 @@ from volume.exports.base import Export
 from volume.exports.nfs import KEPT
 from volume.exports.nfs import NfsExporter
 from volume.exports.nfs import SERVER
+from volume.exports.nfs import STATES_BYTES_MAX
 from volume.node import Node
 from volume.testing import fixtures
 
@@ -32,6 +33,7 @@ class ServerNode(Node):
     def __init__(self, state_dir):
         super().__init__(state_dir)
         self.table, self.kernel, self.clients = {}, {}, {}
+        self.peers, self.expired = {}, []
         self.forgotten = {}
 
     def list(self, path):
@@ -46,6 +48,10 @@ class ServerNode(Node):
 
     def configure(self, wanted):
         if wanted[0].path.startswith(CLIENTS):
+            name = wanted[0].path.split('/')[-2]
+            if name in self.peers:
+                self.expired.append(name)
+                return None
             if self.goes:
                 self.clients.clear()
             raise errors.Unknown('cannot put: No such device or address')
@@ -55,7 +61,16 @@ class ServerNode(Node):
         if path == f'{SERVER}/threads':
             return b'8'
         if path.startswith(CLIENTS):
-            return self.clients[path.split('/')[-2]].encode()
+            name, what = path.split('/')[-2:]
+            if what == 'info':
+                return (
+                    'clientid: 0x1\n'
+                    f'address: "{self.peers[name]}"\nstatus: confirmed\n'
+                ).encode()
+            said = self.clients[name].encode()
+            if len(said) > bytes_max:
+                raise errors.Invalid(f'{path} is larger than {bytes_max}')
+            return said
         if path == KEPT:
             return ''.join(['#path domain(flags)\n', *(
                 f'{mark}{directory}\t{client}(rw,sync)\n'
@@ -128,12 +143,54 @@ class Ending(unittest.TestCase):
                          self.attachment)
         ))
 
-    def test_a_host_that_goes_by_itself_meanwhile_is_gone(self):
-        device, number = self.exporter._identities(self.path)[0].rsplit(
-            ':', 1)
-        self.node.clients = {
-            '7': f'- 0x1: {{ superblock: "{device}:{number}" }}'
+    def opened(self, *more):
+        """Return what the server says of a client that has the file open."""
+        found = self.exporter._identities(self.path)[0], *more
+        return ''.join(
+            f'- 0x1: {{ type: open, superblock: "{each}" }}\n'
+            for each in found
+        )
+
+    def test_only_who_has_no_other_attachment_of_it_is_expired(self):
+        volume, other = ids.new(), ids.new()
+        for attachment, address in (
+            (self.attachment, '192.0.2.2'), (other, '192.0.2.3'),
+            (ids.new(), '192.0.2.4'),
+        ):
+            if attachment == self.attachment:
+                self.exporter.unexport(attachment)
+            self.exporter.export(Export(
+                attachment, volume, model.Device(self.path, False),
+                model.Host('h', addresses=(address,)), model.Access.WRITE,
+                SIZE,
+            ))
+        self.node.clients = dict.fromkeys('1234', self.opened())
+        self.node.clients['5'] = self.opened('08:01:7')
+        self.node.peers = {
+            '1': '192.0.2.2:876', '2': '192.0.2.3:877',
+            '3': '192.0.2.4:878', '4': 'nonsense', '5': '192.0.2.2:1',
         }
+        self.exporter.unexport(self.attachment)
+        self.assertEqual(['1'], self.node.expired)
+        # The last that has it is alone with it, whatever it is called.
+        for each in self.exporter.exported():
+            self.exporter.unexport(each)
+        self.assertLess({'1', '4'}, set(self.node.expired))
+
+    def test_host_that_has_too_much_open_keeps_nobody_from_being_detached(
+        self,
+    ):
+        self.node.clients = {
+            '7': self.opened() * (STATES_BYTES_MAX // 40), '8': self.opened(),
+        }
+        self.node.peers = {'7': '192.0.2.9:1', '8': '192.0.2.2:1'}
+        with self.assertLogs('volume.exports.nfs', 'WARNING'):
+            self.exporter.unexport(self.attachment)
+        self.assertEqual(['8'], self.node.expired)
+        self.assert_ended()
+
+    def test_a_host_that_goes_by_itself_meanwhile_is_gone(self):
+        self.node.clients = {'7': self.opened()}
         with self.assertRaises(errors.Unknown):
             self.exporter.unexport(self.attachment)
         self.node.goes = True

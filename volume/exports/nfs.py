@@ -40,8 +40,10 @@ PLACE = '.exports'  # the file driver passes over names with a dot
 PLAIN = re.compile(r'/[A-Za-z0-9/._@+-]+')
 LINE = re.compile(r'(/\S+)\s+(\S+?)\((.*)\)')
 STATE = re.compile(r'superblock: "([0-9a-f:]+)"')
+PEER = re.compile(r'^address: "([^"]*)"', re.MULTILINE)
 NOBODY = 65534
 TABLE_BYTES_MAX = 64 << 20
+STATES_BYTES_MAX = 16 << 20
 TRIES = 3
 
 OPTIONS: tuple[cfg.Opt, ...] = (
@@ -300,34 +302,77 @@ class NfsExporter(Exporter):
             return
         for name in self.node.list(directory):
             path = os.path.join(directory, name)
-            self._end_states(*self._identities(path))
+            self._end_states(path)
             self.node.unlink(path)
         self.node.configure([Op.rmdir(directory)])
 
-    def _end_states(self, identity: str) -> None:
+    def _end_states(self, path: str) -> None:
         """End what hosts have open of a file: they cannot close it any more.
 
         A host that has other volumes open is left alone, since it would lose
         those as well; the server forgets what it has of this one with them.
+        So is one that has the volume by another attachment, too.
         """
         clients = f'{SERVER}/clients'
         try:
             names = self.node.list(clients)
         except errors.NotFound:
             return
+        (identity,) = self._identities(path)
+        others: set[str] | None = None
         for name in names:
-            try:
-                said = self.node.read(f'{clients}/{name}/states', 16 << 20)
-            except errors.NotFound:
-                continue  # it has gone meanwhile
-            found = set(STATE.findall(said.decode(errors='replace')))
-            if found == {identity}:
-                self._expire(f'{clients}/{name}')
-            elif identity in found:
+            found = self._opened(f'{clients}/{name}')
+            if identity not in found:
+                continue
+            if found != {identity}:
                 LOG.warning(
                     'NFS client %s has %s open, and others: its locks stay '
                     'until it has ended', name, identity,
                 )
+                continue
+            if others is None:
+                others = self._others(path, identity)
+            if not others or self._peer(f'{clients}/{name}') not in {
+                *others, ''
+            }:
+                self._expire(f'{clients}/{name}')
+
+    def _opened(self, client: str) -> set[str]:
+        """Return which files a client has open or locked."""
+        try:
+            said = self.node.read(f'{client}/states', STATES_BYTES_MAX)
+        except errors.NotFound:
+            return set()  # it has gone meanwhile
+        except errors.Invalid as many:
+            # It is one host, and must not keep others from being detached.
+            LOG.warning('what %s has open is not looked at: %s', client, many)
+            return set()
+        return set(STATE.findall(said.decode(errors='replace')))
+
+    def _peer(self, client: str) -> str:
+        """Return the address of a client; nothing if it cannot be told."""
+        try:
+            said = self.node.read(f'{client}/info').decode(errors='replace')
+        except errors.NotFound:
+            return ''
+        match = PEER.search(said)
+        host = match[1].rpartition(':')[0].strip('[]') if match else ''
+        try:
+            return str(ipaddress.ip_address(host))
+        except ValueError:
+            return ''
+
+    def _others(self, path: str, identity: str) -> set[str]:
+        """Return hosts that have the same file by another attachment."""
+        directory, name = os.path.split(path)
+        found = set()
+        for each in self._exported().values():
+            other = os.path.join(each.path, name)
+            if each.path != directory and self.node.exists(other) and (
+                self._identities(other) == [identity]
+            ):
+                found.add(each.client)
+        return found
 
     def _expire(self, client: str) -> None:
         try:
