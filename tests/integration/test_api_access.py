@@ -335,6 +335,9 @@ class Closed(unittest.TestCase):
             with self.assertRaisesRegex(errors.Invalid, 'auth = tokens'):
                 auth.check_binding('none', host)
             auth.check_binding('tokens', host)
+        for host in '127.0.0.1:18776', '[::1]:80', 'localhost:80':
+            with self.assertRaisesRegex(errors.Invalid, 'option port'):
+                auth.check_binding('none', host)
 
     def test_a_web_page_with_a_name_for_this_machine_is_refused(self):
         world = serving.World(self)

@@ -31,6 +31,7 @@ CONNECTION = model.Connection('iscsi', {
 class HostNode(Node):
     """A host with one session and its disk, of which a map may be made."""
 
+    before_state = None  # what happens before sessions are looked at
     is_busy = False  # and gives the number of what ends to another at once
 
     def __init__(self, state_dir):
@@ -64,6 +65,10 @@ class HostNode(Node):
         return os.path.join(self.state_dir, 'host', path.lstrip('/'))
 
     def configure(self, wanted):
+        if self.before_state and any(
+            op.path.endswith('/state') for op in wanted
+        ):
+            self.before_state()
         found = [
             ops.run(ops.Op(op.verb, self.here(op.path), op.text))
             for op in wanted
@@ -151,6 +156,24 @@ class LettingGo(unittest.TestCase):
         self.node.before_users = happens
         self.connector.detach(CONNECTION)
         self.assertTrue(self.node.exists(f'{DISK}/device/delete'))
+
+    def test_a_session_that_comes_back_takes_what_was_not_written(self):
+        self.node.make(f'{SESSION}/state', 'FAILED')
+        back = iter([None, None, lambda: (
+            self.node.make(f'{SESSION}/state', 'LOGGED_IN'))])
+        self.node.before_state = lambda: (next(back, None) or (lambda: 0))()
+        self.connector.detach(CONNECTION)
+        self.assertIn(('blockdev', '--flushbufs', '/dev/sda'), self.node.said)
+        self.assert_nothing_left()
+
+    def test_a_session_that_does_not_is_let_go_of_and_that_is_said(self):
+        self.node.make(f'{SESSION}/state', 'FAILED')
+        self.connector.return_s = 0.3
+        with self.assertLogs('volume.connector.disks', 'WARNING'):
+            self.connector.detach(CONNECTION)
+        self.assertEqual([], [
+            argv for argv in self.node.said if argv[0] == 'blockdev'])
+        self.assertFalse(self.node.exists(SESSION))
 
     def test_a_disk_that_goes_by_itself_is_gone(self):
         self.node.remove(f'{DISK}/device/delete')

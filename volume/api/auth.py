@@ -179,6 +179,12 @@ def check_binding(mode: str, host: str) -> None:
     if mode != 'none' or host.startswith(('/', 'unix:')):
         return
     if not _is_loopback(host):
+        address, _, port = host.rpartition(':')
+        if port.isdigit() and _is_loopback(address):
+            raise errors.Invalid(
+                f'listen {host:.80} has a port in it: give that by the '
+                'option port, and the address alone here'
+            )
         raise errors.Invalid(
             f'auth is none, and {host or "every address"} can be reached '
             'from elsewhere: everybody would be an administrator; listen on '

@@ -9,15 +9,19 @@ and what one pointed to yesterday is another's today.
 from __future__ import annotations
 
 import errno
+import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from volume import errors
 from volume import identity
 from volume.node import Node
 from volume.node import Op
 
+LOG = logging.getLogger(__name__)
+
+RETURN_S = 15.0  # of a server that is started anew, or a short cut
 FREE_S = 5.0  # until who only looked has closed it
 POLL_S = 0.2
 SECTOR_BYTES = 512
@@ -82,6 +86,25 @@ def check_size(node: Node, name: str, volume_id: str, at_least: int) -> None:
             f'{name} has {found} bytes, and volume {volume_id} {at_least}: '
             'its node has to be looked at'
         )
+
+
+def await_return(
+    volume_id: str, is_away: Callable[[], bool], return_s: float
+) -> None:
+    """Give the ways to a disk time to come back, if all of them are down.
+
+    Whoever has written to it and is gone may have left what only they can
+    take; after that time it is lost, as if the access had ended.
+    """
+    late = time.monotonic() + return_s
+    while is_away():
+        if time.monotonic() >= late:
+            LOG.warning(
+                'volume %s is not reached, and is let go of: what this host '
+                'had not written by now is lost', volume_id,
+            )
+            return
+        time.sleep(POLL_S)
 
 
 def need_free(

@@ -48,6 +48,7 @@ class IscsiConnector(base.Connector):
 
     def __init__(self, node: Node, iface: str = 'default') -> None:
         self.node = node
+        self.return_s = disks.RETURN_S
         self._iface = iface
 
     def host(self) -> model.Host:
@@ -72,6 +73,10 @@ class IscsiConnector(base.Connector):
     def detach(self, connection: model.Connection) -> None:
         asked = Asked(connection)
         with self._alone(asked.volume_id):
+            disks.await_return(
+                asked.volume_id, lambda: self._is_away(asked.targets),
+                self.return_s,
+            )
             self._let_go(asked.volume_id, asked.targets)
 
     def present(self, connection: model.Connection) -> str:
@@ -353,6 +358,11 @@ class IscsiConnector(base.Connector):
         # What a dead session still has to write goes nowhere.
         if is_written:
             disks.flush(self.node, path, volume_id)
+
+    def _is_away(self, targets: set[str]) -> bool:
+        """Say whether there are sessions, and none of them is up."""
+        found = self._sessions(targets)
+        return bool(found) and not any(each.is_up for each in found)
 
     def _sessions(self, targets: set[str]) -> list[Session]:
         return [

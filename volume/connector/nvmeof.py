@@ -52,6 +52,7 @@ class NvmeConnector(base.Connector):
     def __init__(self, node: Node, who: Identity | None = None) -> None:
         self.node = node
         self.grow_s = GROW_S
+        self.return_s = disks.RETURN_S
         self._who = who
 
     def host(self) -> model.Host:
@@ -79,6 +80,10 @@ class NvmeConnector(base.Connector):
     def detach(self, connection: model.Connection) -> None:
         asked = Asked(connection)
         with self._alone(asked.volume_id):
+            disks.await_return(
+                asked.volume_id, lambda: self._is_away(asked.nqn),
+                self.return_s,
+            )
             self._let_go(asked.volume_id, asked.nqn)
 
     def present(self, connection: model.Connection) -> str:
@@ -222,6 +227,11 @@ class NvmeConnector(base.Connector):
                 disks.flush(self.node, path, volume_id)
         for each in found:
             nvme_host.disconnect(self.node, each)
+
+    def _is_away(self, nqn: str) -> bool:
+        """Say whether there are connections, and none of them lives."""
+        found = self._controllers(nqn)
+        return bool(found) and not any(each.is_up for each in found)
 
     def _controllers(self, nqn: str) -> list[Controller]:
         """Return the connections, those that live first."""
