@@ -28,7 +28,8 @@ DRIVERS = {
     'thin': 'driver = lvm\nvolume_groups = {group}\ncreate = true\n'
     'provisioning = thin\n',
     'thick': 'driver = lvm\nvolume_groups = {group}\n'
-    'provisioning = thick\n',
+    # So small an area that a revert alone would fill it.
+    'provisioning = thick\nsnapshot_percent = 60\n',
 }
 EXPORTERS = {
     'lio': f'exporter = lio\niscsi_portals = {PORTALS}\nchap = mutual\n',

@@ -444,6 +444,8 @@ def _info(
             'volume_id': row.id,
             'attachment_id': attachment_id,
             'access_mode': mode,
+            # A host lets go of a disk that has less.
+            'size_bytes': row.size_bytes,
         },
     }
 
