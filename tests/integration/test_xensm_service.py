@@ -10,6 +10,7 @@ import unittest
 
 from tests import xapi
 from tests import xensm
+from tests.integration import agreement
 from tests.integration import serving
 from volume import periodic
 from volume.context import Caller
@@ -73,6 +74,25 @@ class Service(unittest.TestCase):
     def check(self):
         periodic.refresh(
             self.world.core, [self.backend], 'node-1', wait_s=60)
+
+    def test_volume_has_the_size_that_the_pool_really_gives(self):
+        answer = self.world.ask('POST', '/v3/volumes', {'volume': {
+            'size_bytes': 10 * MIB + 512, 'volume_type': 'xen',
+        }})
+        self.assertEqual(12 * MIB, answer.json['volume']['size_bytes'])
+        volume_id = answer.json['volume']['id']
+        for asked, size_bytes in (None, 12 * MIB), (13 * MIB, 14 * MIB):
+            if asked:
+                self.world.ask('POST', f'/v3/volumes/{volume_id}/action', {
+                    'os-extend': {'new_size_bytes': asked}})
+            (row,) = self.settle()
+            self.assertEqual(size_bytes, row['size_bytes'])
+            # Of which there is not a byte more.
+            self.assertEqual([], agreement.disagreements(self.world.service))
+        clone = self.world.ask('POST', '/v3/volumes', {'volume': {
+            'source_volid': volume_id, 'volume_type': 'fast'}})
+        self.settle()
+        self.assertEqual(14 * MIB, clone.json['volume']['size_bytes'])
 
     def test_batch_of_volumes_costs_three_calls_each(self):
         made = {self.create(number) for number in range(COUNT)}

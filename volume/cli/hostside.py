@@ -379,7 +379,7 @@ def _row(note: Note) -> Json:
 
 def _clean_one(args: argparse.Namespace, words: str, act: Any) -> int:
     if args.dry_run:
-        print(f'would remove {words}')
+        print(f'would remove {words} (if nobody uses it)')
         return 0
     try:
         act()
