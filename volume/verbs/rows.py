@@ -126,17 +126,17 @@ def need_still(
     if row.status != 'in-use':
         return
     features = pool(session, row).features
-    if into is not None and (
-        into != (row.backend, row.pool) or 'Clone' not in features
-    ):
-        raise errors.Invalid(
-            f'volume {row.id} cannot {verb} into another pool while it is '
-            'attached: take a snapshot, and clone that'
-        )
     if 'Snapshots' not in features:
         raise errors.Invalid(
             f'volume {row.id} cannot {verb} while it is attached: its pool '
             'has no snapshots; detach it first'
+        )
+    if into is not None and (
+        into != (row.backend, row.pool) or 'Clone' not in features
+    ):
+        raise errors.Invalid(
+            f'volume {row.id} cannot {verb} by a copy while it is '
+            'attached: take a snapshot, and clone that'
         )
     for each in session.scalars(
         select(models.Attachment).where(models.Attachment.volume_id == row.id)
