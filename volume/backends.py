@@ -47,6 +47,8 @@ class Backend:
     """Where the storage is; None is the machine of this service, too."""
     hindrance: str = ''
     """What the rows say against it; see ``report.hinder``."""
+    former_exporter: str = ''
+    """With a hindrance: who has let in its hosts."""
     _checking: threading.Lock = dataclasses.field(
         default_factory=threading.Lock
     )

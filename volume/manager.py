@@ -278,14 +278,15 @@ class VolumeManager:
         def look(session: Any) -> bool:
             row = rows.volume(session, caller, volume_id)
             if row.status != 'extending':
-                return row.size_bytes == size_bytes
+                grain = rows.pool(session, row).granularity_bytes
+                return row.size_bytes == -(-size_bytes // grain) * grain
             job = session.scalar(select(models.Job).where(
                 models.Job.volume_id == row.id,
                 models.Job.state == 'open',
                 models.Job.kind == 'extend',
             ))
             return job is not None and (
-                job.args.get('size_bytes') == size_bytes
+                job.args.get('asked_bytes') == size_bytes
             )
 
         return bool(self.core.db.read(look))

@@ -54,6 +54,8 @@ def report(
         row.reason = backend.reason
         row.updated_at = now
         _settings(row, backend.conf)
+        if backend.conf and not backend.hindrance:
+            row.exporter = backend.conf.exporter
         _pools(session, backend, machine or host, now)
     _retire(session, {backend.name for backend in backends}, host, others)
     _devices(session)
@@ -62,28 +64,45 @@ def report(
 def hinder(session: Session, backends: Iterable[Backend]) -> None:
     """Note what keeps backends down whatever their storage says.
 
-    Hosts that another exporter let in: this one would not find their access
-    when it ends, and would call it ended.
+    Hosts that another exporter has let in, or is letting in: this one would
+    not find their access when it ends, and would call it ended. They are
+    looked for only where the exporter is not the one that was reported.
     """
-    table = models.Attachment
+    rows = {row.name: row.exporter for row in session.execute(
+        select(models.Backend.name, models.Backend.exporter)
+    )}
     for backend in backends:
-        backend.hindrance = ''
-        now = str(getattr(backend.conf, 'exporter', '') or '')
-        found = session.execute(
-            select(table.exporter, func.count())
-            .where(
-                table.backend == backend.name, table.is_connected.is_(True),
-                table.exporter.not_in(('', now)),
-            )
-            .group_by(table.exporter).order_by(table.exporter)
-        ).all()
-        if found and not isinstance(backend.driver, base.NativeAccess):
-            held = ', '.join(f'{count} by {name}' for name, count in found)
+        backend.hindrance = backend.former_exporter = ''
+        former, now = rows.get(backend.name, ''), _exporter(backend)
+        if former in ('', now) or not now:
+            continue
+        if count := _let_in(session, backend.name, now):
+            backend.former_exporter = former
             backend.hindrance = (
-                f'attachments were made by another exporter ({held}), which '
-                f'{now} cannot end: set exporter = {found[0][0]} again, end '
-                'them, and change it then'
+                f'{count} attachments were made by exporter {former}, which '
+                f'{now} cannot end: set exporter = {former} again, end them, '
+                'and change it then'
             )
+
+
+def _exporter(backend: Backend) -> str:
+    """Return the exporter's name; nothing if hosts need none, or it is bad."""
+    if backend.conf is None or isinstance(backend.driver, base.NativeAccess):
+        return ''
+    return str(backend.conf.exporter)
+
+
+def _let_in(session: Session, name: str, now: str) -> int:
+    """Count what other exporters have let in, or are letting in."""
+    table, jobs = models.Attachment, models.Job
+    made = session.scalar(select(func.count()).where(
+        table.backend == name, table.is_connected.is_(True),
+        table.exporter != now,
+    )) or 0
+    coming = session.scalar(select(func.count()).where(
+        jobs.backend == name, jobs.state == 'open', jobs.kind == 'attach',
+    )) or 0
+    return made + coming
 
 
 def _up_elsewhere(
@@ -118,7 +137,6 @@ def _retire(
 
 def _settings(row: models.Backend, conf: Any) -> None:
     row.driver = conf.driver if conf else ''
-    row.exporter = conf.exporter if conf else ''
     row.tags = list(conf.tags) if conf else []
     row.projects = list(conf.projects) if conf else []
     row.cluster = conf.cluster if conf else ''

@@ -16,7 +16,8 @@ class ExporterChanged(unittest.TestCase):
 
     def setUp(self):
         self.world = serving.World(self)
-        self.volume_id = self.world.make()['id']
+        self.volume_id, self.other_id = (
+            self.world.make()['id'] for _ in range(2))
         self.attachment_id = self.attach(self.volume_id).json[
             'attachment']['id']
         self.exporter('local', 'nbd')
@@ -53,7 +54,8 @@ class ExporterChanged(unittest.TestCase):
     def test_backend_is_down_and_says_what_to_do(self):
         row = self.backend()
         self.assertEqual('down', row['state'])
-        self.assertIn('1 by local', row['reason'])
+        self.assertIn(
+            '1 attachments were made by exporter local', row['reason'])
         self.assertIn('set exporter = local again', row['reason'])
 
     def test_no_access_is_called_ended(self):
@@ -66,6 +68,13 @@ class ExporterChanged(unittest.TestCase):
             self.assertIn('set exporter = local again', answer.text)
         (row,) = self.rows(models.Attachment)
         self.assertTrue(row.is_connected)
+
+    def test_nobody_else_is_let_in_meanwhile(self):
+        answer = self.attach(self.other_id)
+        self.assertEqual(409, answer.status, answer.text)
+        row = self.ask('GET', f'/volumes/{self.other_id}')['volume']
+        self.assertEqual('available', row['status'])
+        self.assertEqual(1, len(self.rows(models.Attachment)))
 
     def test_nothing_is_exported_a_second_time(self):
         core = self.world.core
@@ -85,10 +94,13 @@ class ExporterChanged(unittest.TestCase):
         self.assertEqual(200, answer.status, answer.text)
         self.assertEqual('nbd', self.rows(models.Attachment)[0].exporter)
 
-    def test_what_an_earlier_release_made_is_ended_as_before(self):
+    def test_what_an_earlier_release_made_is_of_the_one_before(self):
         self.world.service.db.write(
             lambda s: s.execute(
                 update(models.Attachment).values(exporter='')))
+        answer = self.world.ask(
+            'DELETE', f'/v3/attachments/{self.attachment_id}')
+        self.assertEqual(409, answer.status, answer.text)
         self.exporter('nbd', 'local')
         self.ask('DELETE', f'/attachments/{self.attachment_id}')
         self.assertEqual([], self.rows(models.Attachment))

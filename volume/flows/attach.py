@@ -39,11 +39,13 @@ def export(job: Job) -> Effect:
     attachment_id = job.args['attachment_id']
     connector: Mapping[str, Any] = job.args['connector']
     mode = job.args['mode']
-    _need_own(job, attachment_id)
     if job.backend.hindrance:
-        raise errors.Conflict(
-            f'backend {job.backend.name} is down: {job.backend.hindrance}'
+        job.answer['is_untouched'] = (
+            job.row.token == 1 and job.row.attempts == 0
+            and not _made_by(job, attachment_id)
         )
+        raise _hindered(job)
+    _need_own(job, attachment_id)
     secrets = _make_secrets(job)
     connection = _export(job, connector, mode, secrets)
     info = _info(connection, job.volume_row(), attachment_id, mode)
@@ -100,7 +102,17 @@ def export(job: Job) -> Effect:
 def unexport(job: Job) -> None:
     if job.args.get('is_connected'):
         return  # a host works on it
+    if job.answer.get('is_untouched'):
+        return
+    if job.backend.hindrance:
+        raise _hindered(job)
     _unexport(job, job.args['attachment_id'], job.args['connector'])
+
+
+def _hindered(job: Job) -> errors.Conflict:
+    return errors.Conflict(
+        f'backend {job.backend.name} is down: {job.backend.hindrance}'
+    )
 
 
 def _not_attached(job: Job, error: errors.VolumeError) -> Effect:
@@ -135,7 +147,8 @@ def _half_attached(job: Job, error: errors.VolumeError) -> Effect:
         made.host, made.connector = connector['host'], dict(connector)
         made.connection, made.is_connected, made.node = {}, True, node
         made.exporter = (
-            _made_by(job, attachment_id) or job.backend.conf.exporter
+            _made_by(job, attachment_id) or job.backend.former_exporter
+            or job.backend.conf.exporter
         )
         session.flush()
         volume(session)
@@ -444,8 +457,6 @@ def _info(
             'volume_id': row.id,
             'attachment_id': attachment_id,
             'access_mode': mode,
-            # A host lets go of a disk that has less.
-            'size_bytes': row.size_bytes,
         },
     }
 
@@ -475,15 +486,20 @@ def _need_own(job: Job, attachment_id: str) -> None:
     _refuse_strange(job, attachment_id, _made_by(job, attachment_id))
 
 
-def _made_by(job: Job, attachment_id: str) -> str:
-    return str(job.args.get('exporters', {}).get(attachment_id, ''))
+def _made_by(job: Job, attachment_id: str) -> str | None:
+    """Return the exporter of what was connected; none if nothing was."""
+    made_by: str | None = job.args.get('exporters', {}).get(attachment_id)
+    return made_by
 
 
-def _refuse_strange(job: Job, attachment_id: str, made_by: str) -> None:
-    now = job.backend.conf.exporter
-    if made_by not in ('', now) and not isinstance(
-        job.backend.need(), base.NativeAccess
-    ):
+def _refuse_strange(
+    job: Job, attachment_id: str, made_by: str | None
+) -> None:
+    if made_by is None:
+        return
+    driver, now = job.backend.need(), job.backend.conf.exporter
+    made_by = made_by or job.backend.former_exporter
+    if made_by not in ('', now) and not isinstance(driver, base.NativeAccess):
         raise errors.Conflict(
             f'attachment {attachment_id} was made by exporter {made_by}, and '
             f'backend {job.backend.name} has {now} now, which cannot end it: '

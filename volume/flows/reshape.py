@@ -92,7 +92,8 @@ def _not_reverted(job: Job, error: errors.VolumeError) -> Effect:
     and what was none stays whole.
     """
     status = 'error_reverting'
-    if journal.failed_step(job) == 0:
+    # A job of an earlier release has no such step: there it is the copy.
+    if journal.failed_step(job) == 0 and job.args.get('looks_first'):
         status = job.args.get('status', 'available')
     elif job.args['native']:
         with contextlib.suppress(errors.VolumeError):

@@ -8,7 +8,7 @@ that has nothing to do on the storage is no job.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sqlalchemy import ColumnElement
@@ -147,7 +147,7 @@ def connect(
                 'connector': properties,
                 'mode': way,
                 'was': row.status,
-                'exporters': {mine.id: mine.exporter} if mine else {},
+                'exporters': _exporters([mine] if mine else []),
             },
             node=rows.home_of(there),
         )
@@ -568,10 +568,15 @@ def _open_detach(
                 for each in ending
             ],
             'remove': remove,
-            'exporters': {each.id: each.exporter for each in ending},
+            'exporters': _exporters(ending),
         },
         node=rows.home_of(ending),
     )
+
+
+def _exporters(some: Iterable[models.Attachment]) -> dict[str, str]:
+    """Return who has made those that are connected."""
+    return {each.id: each.exporter for each in some if each.is_connected}
 
 
 def _check_mode(mode: object) -> None:

@@ -255,7 +255,10 @@ def extend(
         return rows.open_job(
             session, core, caller, 'extend', job_id, row.backend,
             volume_id=row.id, exclusive=[f'volume-{row.id}'],
-            args={'size_bytes': whole_bytes, 'claim_bytes': more_bytes},
+            args={
+                'size_bytes': whole_bytes, 'claim_bytes': more_bytes,
+                'asked_bytes': size_bytes,
+            },
             node=rows.home(session, row),
         ), row
 
@@ -299,6 +302,7 @@ def revert(
             args={
                 'native': 'Revert' in rows.pool(session, row).features,
                 'status': status,
+                'looks_first': True,
             },
         ), row, snapshot
 

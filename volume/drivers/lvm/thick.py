@@ -433,5 +433,5 @@ def _area_extents(vg: Vg, size_bytes: int) -> int:
     lib/metadata/snapshot_manip.c), and would give no extent more.
     """
     chunks = -(-size_bytes // COW_CHUNK_BYTES)
-    tables = -(-chunks // COW_CHUNKS)
+    tables = chunks // COW_CHUNKS
     return -(-(chunks + tables + 2) * COW_CHUNK_BYTES // vg.extent_bytes)
