@@ -16,6 +16,7 @@ class ExporterChanged(unittest.TestCase):
 
     def setUp(self):
         self.world = serving.World(self)
+        self.addCleanup(lambda: self.world.service.node.blockd.stop())
         self.volume_id, self.other_id = (
             self.world.make()['id'] for _ in range(2))
         self.attachment_id = self.attach(self.volume_id).json[
