@@ -58,6 +58,10 @@ def start(argv: Sequence[str], log_path: str) -> Process:
         raise meaning(failed, f'start {argv[0]}') from failed
     finally:
         os.close(log)
+    if (former := _children.pop(child.pid, None)) is not None:
+        # Somebody else has waited for that one. When it goes, Python would
+        # wait for it by its number, which is the new one's now.
+        former.returncode = 0
     _children[child.pid] = child
     # If it has ended already it is a zombie, and still has its start.
     return Process(child.pid, _started(child.pid))
