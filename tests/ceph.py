@@ -59,6 +59,9 @@ osd pool default min size = 1
 osd pool default pg num = {pgs}
 osd crush chooseleaf type = 0
 mon warn on pool no redundancy = false
+# Long leases for reads, which last four fifths of it: an OSD that is frozen
+# for longer than its own was seen to let some requests wait for ever.
+osd heartbeat grace = 3600
 
 [mon]
 mon data = {root}/mon
